@@ -1,0 +1,1 @@
+"""A DLRM on click logs, trained with TorchRec and CAFE tables."""

@@ -1,0 +1,36 @@
+"""Train an unmodified TorchRec model with embedding tables that do not fit.
+
+Per table, in the sharding plan, a user picks how the table is kept::
+
+    import torchrec_cafe as tc
+
+    constraints = {"t_user": tc.ParameterConstraints(table=tc.Cafe(compression=100))}
+    planner = tc.EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    sharders = [tc.EmbeddingBagCollectionSharder(fused_params=...)]
+    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+    model = DistributedModelParallel(model, plan=plan, sharders=sharders, device=device)
+"""
+
+from torchrec_cafe._library import load_operators
+
+load_operators(__path__)  # before the modules that register fake kernels
+
+from torchrec_cafe.config import Cafe, Hash, MemoryBreakdown  # noqa: E402
+from torchrec_cafe.distributed import (  # noqa: E402
+    EmbeddingBagCollectionSharder,
+    EmbeddingShardingPlanner,
+    ParameterConstraints,
+    resident_bytes,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cafe",
+    "EmbeddingBagCollectionSharder",
+    "EmbeddingShardingPlanner",
+    "Hash",
+    "MemoryBreakdown",
+    "ParameterConstraints",
+    "resident_bytes",
+]

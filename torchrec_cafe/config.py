@@ -1,0 +1,418 @@
+"""How a table is kept, and what that costs. Standard library only.
+
+A *kind* (:class:`Hash`, :class:`Cafe`) says how the rows of an embedding table are kept. Kinds are
+frozen, keyword-only dataclasses: hashable, comparable, and safe to share between tables.
+
+Bytes are counted in full. ``compression`` promises that everything that must be resident for
+lookups (shared rows, hot rows, sketch, maps) takes at most ``dense weight bytes / compression``.
+Optimizer state follows the rows and is not part of the promise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+#: Bytes of a slot of HotSketch: int64 key, float32 score, int32 hot row.
+SLOT_BYTES = 16
+#: Slots of a bucket of HotSketch; a bucket is one 64-byte cache line.
+BUCKET_SLOTS = 4
+#: Bytes of the map from a hot row to the slot that owns it.
+OWNER_BYTES = 4
+#: Bytes a shard keeps besides its slots: inflation (8), step (8), counters (5 x 8).
+SHARD_BYTES = 56
+#: Bytes a shard keeps per table of its pool: running sum and count of the importance.
+TABLE_STATISTICS_BYTES = 16
+#: Tables of a pool need fewer rows than this, so that (table, id) fits one 64-bit key.
+MAX_NUM_EMBEDDINGS = 2**47
+
+_ITEM_BYTES = MappingProxyType({"float32": 4, "fp32": 4, "float16": 2, "fp16": 2})
+
+
+@dataclass(frozen=True)
+class MemoryBreakdown:
+    """What a table or a group of tables keeps resident, in bytes.
+
+    Attributes:
+        shared_bytes: rows that ids share, and rows of tables kept whole.
+        hot_bytes: rows that hot ids own.
+        sketch_bytes: slots and statistics of HotSketch.
+        map_bytes: map from hot rows to their owners.
+        dense_bytes: the uncompressed table, for comparison.
+    """
+
+    shared_bytes: int
+    hot_bytes: int
+    sketch_bytes: int
+    map_bytes: int
+    dense_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything that must be resident for lookups."""
+        return self.shared_bytes + self.hot_bytes + self.sketch_bytes + self.map_bytes
+
+    @property
+    def compression(self) -> float:
+        """``dense_bytes / total_bytes``."""
+        return self.dense_bytes / self.total_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableShape:
+    """An uncompressed table.
+
+    Attributes:
+        name: name of the table.
+        num_embeddings: its rows, in [1, 2**47).
+        embedding_dim: its columns, a positive multiple of 4.
+        item_bytes: bytes of one weight, 4 or 2.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    item_bytes: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the shape.
+
+        Raises:
+            ValueError: if a size is out of range.
+        """
+        if not 1 <= self.num_embeddings < MAX_NUM_EMBEDDINGS:
+            raise ValueError(
+                f"table {self.name!r}: num_embeddings must be in [1, 2**47), "
+                f"got {self.num_embeddings}"
+            )
+        if self.embedding_dim < 4 or self.embedding_dim % 4:
+            nearest = max(4, 4 * round(self.embedding_dim / 4))
+            raise ValueError(
+                f"table {self.name!r}: embedding_dim must be a positive multiple of 4 "
+                f"(FBGEMM's row alignment), got {self.embedding_dim}; use {nearest}"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.embedding_dim * self.item_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.num_embeddings * self.row_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """The rows that a group of tables of one kind gets.
+
+    Attributes:
+        shared_rows: per table, the rows its ids share; equal to ``num_embeddings`` if kept whole.
+        num_shards: virtual shards of the pool of hot rows; 0 without a pool.
+        hot_rows_per_shard: hot rows of a virtual shard.
+        buckets_per_shard: buckets of HotSketch of a virtual shard.
+        tracked: tables whose ids may own a hot row, in the order of their numbers in the pool.
+        memory: what the group costs.
+    """
+
+    shared_rows: Mapping[str, int]
+    num_shards: int
+    hot_rows_per_shard: int
+    buckets_per_shard: int
+    tracked: tuple[str, ...]
+    memory: MemoryBreakdown
+
+
+def _check_compression(compression: float) -> None:
+    if not (math.isfinite(compression) and compression >= 1):
+        raise ValueError(f"compression must be a finite number >= 1, got {compression}")
+
+
+def _budget(tables: Sequence[TableShape], compression: float) -> int:
+    if not tables:
+        raise ValueError("tables must not be empty")
+    if len({table.row_bytes for table in tables}) > 1:
+        raise ValueError(
+            "the tables of a group must have the same embedding_dim and dtype, got "
+            + ", ".join(f"{t.name!r}: {t.embedding_dim} x {t.item_bytes} bytes" for t in tables)
+        )
+    return math.floor(sum(table.dense_bytes for table in tables) / compression)
+
+
+def _too_small(tables: Sequence[TableShape], compression: float, needed: int) -> ValueError:
+    names = ", ".join(repr(table.name) for table in tables)
+    dense = sum(table.dense_bytes for table in tables)
+    nearest = math.floor(100 * dense / needed) / 100
+    advice = (
+        f"the largest compression that works is {nearest:g}"
+        if nearest >= 1
+        else "leave the table uncompressed"
+    )
+    return ValueError(
+        f"compression={compression:g} leaves no row for table {names}: "
+        f"{dense} bytes / {compression:g} is less than the {needed} bytes needed; {advice}"
+    )
+
+
+def _split_rows(tables: Sequence[TableShape], rows: int) -> dict[str, int]:
+    """Divide ``rows`` in proportion to the tables' sizes, at least one and at most all each."""
+    total = sum(table.num_embeddings for table in tables)
+    shared = {
+        t.name: min(t.num_embeddings, max(1, rows * t.num_embeddings // total)) for t in tables
+    }
+    # Tables that were rounded up to one row are paid for by the largest.
+    largest = max(shared, key=lambda name: shared[name])
+    shared[largest] -= max(0, sum(shared.values()) - rows)
+    return shared
+
+
+def item_bytes(dtype: object) -> int:
+    """Bytes of one weight.
+
+    Args:
+        dtype: ``"float32"``, ``"float16"``, ``torch.float32``, ``torch.float16``, or TorchRec's
+            ``DataType.FP32``, ``DataType.FP16``.
+
+    Raises:
+        ValueError: for any other dtype.
+    """
+    name = str(getattr(dtype, "value", dtype)).removeprefix("torch.").lower()
+    if name not in _ITEM_BYTES:
+        raise ValueError(f"dtype must be float32 or float16, got {dtype}")
+    return _ITEM_BYTES[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hash:
+    """The hashing trick: the ids of a table share ``num_embeddings / compression`` rows.
+
+    The baseline that every compressed embedding is compared with.
+
+    Attributes:
+        compression: dense weight bytes divided by resident bytes, >= 1. Tables of an
+            ``EmbeddingBagCollection`` with equal kinds share one budget.
+    """
+
+    compression: float
+
+    def __post_init__(self) -> None:
+        """Check the arguments.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        _check_compression(self.compression)
+
+    def allocate(self, tables: Sequence[TableShape]) -> Allocation:
+        """Rows of each table: its share of the budget, at least one.
+
+        Args:
+            tables: tables of equal dim and dtype that share the budget.
+
+        Raises:
+            ValueError: if the budget leaves a table without a row.
+        """
+        row_bytes = tables[0].row_bytes if tables else 0
+        budget = _budget(tables, self.compression)
+        rows = budget // row_bytes
+        if rows < len(tables):
+            raise _too_small(tables, self.compression, len(tables) * row_bytes)
+        shared = _split_rows(tables, rows)
+        memory = MemoryBreakdown(
+            shared_bytes=sum(shared.values()) * row_bytes,
+            hot_bytes=0,
+            sketch_bytes=0,
+            map_bytes=0,
+            dense_bytes=sum(table.dense_bytes for table in tables),
+        )
+        return Allocation(
+            shared_rows=MappingProxyType(shared),
+            num_shards=0,
+            hot_rows_per_shard=0,
+            buckets_per_shard=0,
+            tracked=(),
+            memory=memory,
+        )
+
+    def memory(self, num_embeddings: int, embedding_dim: int, dtype: object) -> MemoryBreakdown:
+        """What one table costs on its own; see :meth:`Cafe.memory`."""
+        return _memory(self, num_embeddings, embedding_dim, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cafe:
+    """Hot ids own a row, the others share hashed rows (CAFE, SIGMOD 2024).
+
+    A sketch of gradient importance (HotSketch) decides which ids are hot, and keeps deciding as
+    the data drifts. All CAFE tables of a group (same dim, dtype, pooling) share one pool of hot
+    rows and one sketch. Tables with equal kinds share one budget: small ones are kept whole
+    within it, the rest goes to hot rows and shared rows.
+
+    Attributes:
+        compression: dense weight bytes divided by resident bytes (shared rows, hot rows, sketch,
+            maps), >= 1.
+        hot_fraction: share of the budget, after whole tables, that goes to hot rows and their
+            sketch, in (0, 1); ``None`` chooses it from the compression.
+        whole_fraction: share of the budget that may go to keeping the smallest tables whole, in
+            [0, 1).
+        slots_per_hot_row: slots of the sketch per hot row, >= 1; more remember more candidates.
+        threshold: smallest importance, in average occurrences, that earns a row; ``None`` gives
+            the rows to the highest scores.
+        hysteresis: a hot id keeps its row until its score is this far below the threshold,
+            relative, in [0, 1).
+        half_life: steps after which an occurrence counts half, > 0; ``inf`` never forgets.
+        rebalance_interval: steps between two decisions on the same virtual shard, >= 1.
+        num_shards: virtual shards of the pool, fixed for the life of a checkpoint; at least the
+            number of ranks that the table is ever spread over.
+    """
+
+    compression: float
+    hot_fraction: float | None = None
+    whole_fraction: float = 0.25
+    slots_per_hot_row: float = 2.0
+    threshold: float | None = None
+    hysteresis: float = 0.1
+    half_life: float = math.inf
+    rebalance_interval: int = 16
+    num_shards: int = 64
+
+    def __post_init__(self) -> None:
+        """Check the arguments.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        _check_compression(self.compression)
+        checks = {
+            "hot_fraction": ("in (0, 1)", self.hot_fraction is None or 0 < self.hot_fraction < 1),
+            "whole_fraction": ("in [0, 1)", 0 <= self.whole_fraction < 1),
+            "slots_per_hot_row": (">= 1", self.slots_per_hot_row >= 1),
+            "threshold": (">= 0", self.threshold is None or self.threshold >= 0),
+            "hysteresis": ("in [0, 1)", 0 <= self.hysteresis < 1),
+            "half_life": ("> 0", self.half_life > 0),
+            "rebalance_interval": (">= 1", self.rebalance_interval >= 1),
+            "num_shards": ("in [1, 2**20]", 1 <= self.num_shards <= 2**20),
+        }
+        for name, (wanted, holds) in checks.items():
+            if not holds:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}")
+
+    @property
+    def growth(self) -> float:
+        """Factor by which the score of an occurrence exceeds that of one a step before."""
+        return 2.0 ** (1.0 / self.half_life)
+
+    def _hot_share(self) -> float:
+        """Share of hot rows: more where rows are scarcer (CAFE's own best, section 5.5)."""
+        if self.hot_fraction is not None:
+            return self.hot_fraction
+        return min(0.9, max(0.5, 0.4 + 0.15 * math.log10(self.compression)))
+
+    def _whole(self, tables: Sequence[TableShape], budget: int) -> set[str]:
+        whole: set[str] = set()
+        left = math.floor(self.whole_fraction * budget)
+        for table in sorted(tables, key=lambda t: (t.num_embeddings, t.name)):
+            left -= table.dense_bytes
+            if left < 0:
+                break
+            whole.add(table.name)
+        return whole
+
+    def allocate(self, tables: Sequence[TableShape]) -> Allocation:
+        """Divide the budget of a group between whole tables, hot rows, sketch and shared rows.
+
+        Args:
+            tables: tables of equal dim and dtype that share the budget.
+
+        Raises:
+            ValueError: if the budget leaves a table without a row or the pool without a hot row
+                in each virtual shard.
+        """
+        row_bytes = tables[0].row_bytes if tables else 0
+        budget = _budget(tables, self.compression)
+        whole = self._whole(tables, budget)
+        rest = [table for table in tables if table.name not in whole]
+        shared = {table.name: table.num_embeddings for table in tables if table.name in whole}
+        left = budget - sum(shared.values()) * row_bytes
+        fixed = self.num_shards * (SHARD_BYTES + TABLE_STATISTICS_BYTES * len(rest))
+        hot_rows = buckets = 0
+        if rest:
+            hot_rows = self._hot_rows(self._hot_share() * left - fixed, row_bytes)
+            buckets = math.ceil(hot_rows * self.slots_per_hot_row / BUCKET_SLOTS)
+            left -= fixed + self.num_shards * self._pool_bytes(hot_rows, buckets, row_bytes)
+            if hot_rows < 1 or left < len(rest) * row_bytes:
+                one = self._pool_bytes(1, math.ceil(self.slots_per_hot_row / 4), row_bytes)
+                least = fixed + self.num_shards * one
+                needed = max(least / self._hot_share(), least + len(rest) * row_bytes)
+                raise _too_small(
+                    tables, self.compression, math.ceil(needed + len(whole) * row_bytes)
+                )
+            shared |= _split_rows(rest, left // row_bytes)
+        pool = self.num_shards if rest else 0
+        memory = MemoryBreakdown(
+            shared_bytes=sum(shared.values()) * row_bytes,
+            hot_bytes=pool * hot_rows * row_bytes,
+            sketch_bytes=pool * buckets * BUCKET_SLOTS * SLOT_BYTES + (fixed if rest else 0),
+            map_bytes=pool * hot_rows * OWNER_BYTES,
+            dense_bytes=sum(table.dense_bytes for table in tables),
+        )
+        return Allocation(
+            shared_rows=MappingProxyType({table.name: shared[table.name] for table in tables}),
+            num_shards=pool,
+            hot_rows_per_shard=hot_rows,
+            buckets_per_shard=buckets,
+            tracked=tuple(table.name for table in rest),
+            memory=memory,
+        )
+
+    @staticmethod
+    def _pool_bytes(hot_rows: int, buckets: int, row_bytes: int) -> int:
+        """Bytes of a virtual shard that grow with its hot rows."""
+        return hot_rows * (row_bytes + OWNER_BYTES) + buckets * BUCKET_SLOTS * SLOT_BYTES
+
+    def _hot_rows(self, available: float, row_bytes: int) -> int:
+        """Most hot rows per virtual shard whose rows, owners and sketch fit ``available``."""
+        per_row = row_bytes + OWNER_BYTES + self.slots_per_hot_row * SLOT_BYTES
+        hot_rows = max(0, math.floor(available / self.num_shards / per_row))
+        while hot_rows > 0:
+            buckets = math.ceil(hot_rows * self.slots_per_hot_row / BUCKET_SLOTS)
+            if self.num_shards * self._pool_bytes(hot_rows, buckets, row_bytes) <= available:
+                break
+            hot_rows -= 1
+        return hot_rows
+
+    def memory(self, num_embeddings: int, embedding_dim: int, dtype: object) -> MemoryBreakdown:
+        """What one table costs on its own, before anything is run.
+
+        Args:
+            num_embeddings: rows of the uncompressed table.
+            embedding_dim: its columns, a multiple of 4.
+            dtype: float32 or float16, as a string, a ``torch.dtype`` or TorchRec's ``DataType``.
+
+        Returns:
+            Bytes of shared rows, hot rows, sketch and maps; their sum is at most the dense bytes
+            divided by ``compression``.
+
+        Raises:
+            ValueError: if the compression leaves no row, naming the largest that works.
+        """
+        return _memory(self, num_embeddings, embedding_dim, dtype)
+
+
+def _memory(
+    kind: TableKind, num_embeddings: int, embedding_dim: int, dtype: object
+) -> MemoryBreakdown:
+    shape = TableShape(
+        name="table",
+        num_embeddings=num_embeddings,
+        embedding_dim=embedding_dim,
+        item_bytes=item_bytes(dtype),
+    )
+    return kind.allocate([shape]).memory
+
+
+#: Every kind of table.
+TableKind = Hash | Cafe

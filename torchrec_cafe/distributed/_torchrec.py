@@ -1,0 +1,83 @@
+"""All contact with TorchRec beyond its documented public interface.
+
+Every name that TorchRec does not promise to keep is imported or read here and nowhere else;
+``tests/distributed/test_torchrec_contact.py`` checks that each still exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.batched_embedding_kernel import (
+    BaseBatchedEmbeddingBag,
+    EmbeddingFusedOptimizer,
+)
+from torchrec.distributed.composable.table_batched_embedding_slice import (
+    TableBatchedEmbeddingSlice,
+)
+from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
+from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.planner.types import ParameterConstraints as TorchRecConstraints
+from torchrec.distributed.sharding.rw_sharding import (
+    RwPooledEmbeddingSharding,
+    RwSparseFeaturesDist,
+)
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+__all__ = [
+    "BaseBatchedEmbeddingBag",
+    "EmbeddingFusedOptimizer",
+    "EmbeddingShardingInfo",
+    "GroupedEmbeddingConfig",
+    "GroupedPooledEmbeddingsLookup",
+    "RwPooledEmbeddingSharding",
+    "RwSparseFeaturesDist",
+    "ShardedEmbeddingBagCollection",
+    "ShardedEmbeddingTable",
+    "ShardedTensor",
+    "ShardedTensorMetadata",
+    "TableBatchedEmbeddingSlice",
+    "TensorProperties",
+    "TorchRecConstraints",
+    "kernels_of",
+    "lookups_of",
+    "present_tables",
+    "set_row_boundaries",
+]
+
+
+def lookups_of(module: ShardedEmbeddingBagCollection) -> list[nn.Module]:
+    """The lookups of a sharded module, without their DDP wrapper."""
+    return [
+        lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
+        for lookup in module._lookups
+    ]
+
+
+def kernels_of(module: ShardedEmbeddingBagCollection) -> Iterator[BaseBatchedEmbeddingBag[Any]]:
+    """The kernels of all lookups of a sharded module."""
+    for lookup in lookups_of(module):
+        yield from lookup._emb_modules  # pyright: ignore[reportReturnType]
+
+
+def present_tables(
+    module: ShardedEmbeddingBagCollection, configs: list[EmbeddingBagConfig]
+) -> None:
+    """Set the tables that a sharded module validates its input against."""
+    module._embedding_bag_configs = configs
+
+
+def set_row_boundaries(input_dist: RwSparseFeaturesDist, boundaries: list[Any]) -> None:
+    """Make a row-wise input dist cut each feature's ids at the given boundaries.
+
+    TorchRec has the mechanism (for managed-collision tables with uneven buckets) but offers no
+    constructor argument for it.
+    """
+    input_dist.zch_bucketize_row_pos = boundaries

@@ -1,0 +1,194 @@
+"""The compute kernel of compressed tables inside a TorchRec lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor, nn
+from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import data_type_to_sparse_type
+from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_cafe.config import Cafe
+from torchrec_cafe.distributed._torchrec import (
+    BaseBatchedEmbeddingBag,
+    EmbeddingFusedOptimizer,
+    GroupedEmbeddingConfig,
+    ShardedEmbeddingTable,
+    TableBatchedEmbeddingSlice,
+)
+from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
+from torchrec_cafe.tables import CompressedBags, PoolLayout, RowRangeTBE, TableLayout
+
+# What the TBE of a compressed group decides itself.
+_OWN_PARAMS = frozenset({GROUP_PARAM, "bounds_check_mode", "cache_precision"})
+
+
+def _first_row(table: ShardedEmbeddingTable) -> int:
+    assert table.local_metadata is not None
+    return table.local_metadata.shard_offsets[0]
+
+
+class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
+    """Kernel of one group of compressed tables.
+
+    To TorchRec its tables are ordinary fused tables of the shared rows, and the pool of hot rows
+    is one more table without features; weights and optimizer state are checkpointed and resharded
+    like any other table's.
+
+    Args:
+        config: the group's tables as TorchRec has sharded them, the pool last.
+        pg: process group of the sharding.
+        device: where the rows live.
+        sharding_type: how the tables are sharded.
+    """
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        sharding_type: ShardingType | None = None,
+    ) -> None:
+        """Allocate the rank's rows; see the class."""
+        super().__init__(config, pg, device, sharding_type)
+        fused_params = config.fused_params or {}
+        self.group: CompressedGroup = fused_params[GROUP_PARAM]
+        device = device or torch.device("cpu")
+        self._emb_module = RowRangeTBE(
+            self._local_rows,
+            config.embedding_tables[0].embedding_dim,
+            weights_precision=data_type_to_sparse_type(config.data_type),
+            device=device,
+            fused_params={k: v for k, v in fused_params.items() if k not in _OWN_PARAMS},
+        )
+        self.bags = CompressedBags(
+            self._table_layouts(), self._pool_layout(), self._emb_module, device
+        )
+        self._optim = EmbeddingFusedOptimizer(config, self._emb_module, pg)
+
+    def _table_layouts(self) -> list[TableLayout]:
+        layouts = []
+        for table in self._config.embedding_tables:
+            if table.num_features() == 0:
+                continue  # the pool
+            compressed = self.group.table(table.name)
+            layouts.append(
+                TableLayout(
+                    name=table.name,
+                    num_ids=compressed.num_ids,
+                    shared_rows=compressed.shared_rows,
+                    first_row=_first_row(table),
+                    num_rows=table.local_rows,
+                    num_features=table.num_features(),
+                    index=compressed.index,
+                )
+            )
+        return layouts
+
+    def _pool_layout(self) -> PoolLayout | None:
+        if not self.group.has_pool:
+            return None
+        assert isinstance(self.group.kind, Cafe)
+        pool = self._config.embedding_tables[-1]
+        per_shard = self.group.hot_rows_per_shard
+        return PoolLayout(
+            kind=self.group.kind,
+            num_shards=self.group.num_shards,
+            first_shard=_first_row(pool) // per_shard,
+            shards_held=pool.local_rows // per_shard,
+            hot_rows_per_shard=per_shard,
+            buckets_per_shard=self.group.buckets_per_shard,
+            hot_offset=sum(self._local_rows[:-1]),
+        )
+
+    @property
+    def emb_module(self) -> SplitTableBatchedEmbeddingBagsCodegen:
+        """The TBE that holds the rows."""
+        return self._emb_module
+
+    @property
+    def fused_optimizer(self) -> FusedOptimizer:
+        """The optimizer that runs inside the TBE's backward."""
+        return self._optim
+
+    def forward(self, features: KeyedJaggedTensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Look up a batch whose ids the row-wise input dist has mixed and cut.
+
+        Args:
+            features: the rank's ids, ``[F * B]`` bags.
+
+        Returns:
+            ``[B, F * D]``.
+
+        Raises:
+            ValueError: for a batch whose features differ in batch size.
+        """
+        if features.variable_stride_per_key():
+            names = ", ".join(repr(table.name) for table in self.group.tables)
+            raise ValueError(
+                f"tables {names}: compressed tables need the same batch size for every feature, "
+                "got a KeyedJaggedTensor with variable stride; leave the tables uncompressed or "
+                "pad the batch"
+            )
+        weights = features.weights_or_none()
+        return self.bags(features.values().long(), features.offsets().long(), weights)
+
+    def flush(self) -> None:
+        """Bring rows and sketch up to date, before they are read from outside."""
+        self.bags.settle()
+
+    def purge(self) -> None:
+        """Forget what is not part of the state, before it is overwritten from outside."""
+        if self.bags.pool is not None:
+            self.bags.pool.reload()
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """None: the sharded module presents the sketch as sharded tensors."""
+        yield from ()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Weights by table, marked as trained in backward."""
+        for name, weight in self.named_split_embedding_weights(prefix, recurse, remove_duplicate):
+            parameter = nn.Parameter(weight)
+            parameter._in_backward_optimizers = [EmptyFusedOptimizer()]  # pyright: ignore
+            yield name, parameter
+
+    def named_parameters_by_table(self) -> Iterator[tuple[str, TableBatchedEmbeddingSlice]]:
+        """Weights by table as slices of the physical table, each with its optimizer."""
+        physical = self._emb_module.physical_tensors()[0]
+        weights = self._emb_module.split_embedding_weights()
+        states = self._emb_module.get_optimizer_state()
+        start = 0
+        for table, weight in zip(self._config.embedding_tables, weights, strict=True):
+            parameter = TableBatchedEmbeddingSlice(
+                data=physical.view(-1),
+                start_offset=start,
+                end_offset=start + weight.numel(),
+                num_embeddings=-1,
+                embedding_dim=physical.shape[1],
+            )
+            start += weight.numel()
+            parameter._in_backward_optimizers = [  # pyright: ignore[reportAttributeAccessIssue]
+                EmbeddingFusedOptimizer(
+                    self._config,
+                    self._emb_module,
+                    self._pg,
+                    create_for_table=table.name,
+                    param_weight_for_table=parameter,
+                    embedding_weights_by_table=weights,
+                    all_optimizer_states=states,
+                )
+            ]
+            yield table.name, parameter

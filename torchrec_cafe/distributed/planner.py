@@ -1,0 +1,289 @@
+"""The sharding plan with compressed tables: constraints and planner."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner import EmbeddingShardingPlanner as TorchRecPlanner
+from torchrec.distributed.types import (
+    ModuleSharder,
+    ParameterSharding,
+    ShardingPlan,
+    ShardingType,
+)
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from torchrec_cafe.config import TableKind, TableShape, item_bytes
+from torchrec_cafe.distributed._torchrec import TorchRecConstraints
+from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
+from torchrec_cafe.distributed.types import CompressedGroup, CompressedParameterSharding
+
+SUPPORTED_SHARDING_TYPES = (ShardingType.ROW_WISE.value,)
+
+
+@dataclasses.dataclass
+class ParameterConstraints(TorchRecConstraints):
+    """TorchRec's constraints of a table, and how the table is kept.
+
+    Attributes:
+        table: :class:`torchrec_cafe.Cafe` or :class:`torchrec_cafe.Hash`; ``None`` leaves the
+            table to TorchRec, as ever.
+    """
+
+    table: TableKind | None = None
+
+    def __hash__(self) -> int:
+        """TorchRec hashes constraints to recognise a plan's inputs."""
+        return hash((super().__hash__(), self.table))
+
+
+class _PlanningSharder(EmbeddingBagCollectionSharder):
+    """The user's sharder as the planner should see it: compressed tables at their size."""
+
+    def __init__(
+        self, sharder: EmbeddingBagCollectionSharder, groups: dict[int, dict[str, CompressedGroup]]
+    ) -> None:
+        super().__init__(sharder.fused_params, sharder.qcomm_codecs_registry)
+        self._sharder = sharder
+        self._groups = groups
+
+    def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
+        parameters = super().shardable_parameters(module)
+        for name, group in self._groups.get(id(module), {}).items():
+            rows = _planned_rows(group, name)
+            weight = torch.empty(
+                (rows, parameters[name].shape[1]), dtype=parameters[name].dtype, device="meta"
+            )
+            parameters[name] = nn.Parameter(weight)
+        return parameters
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        # On CPU TorchRec leaves row-wise sharding out, although gloo has every collective it needs.
+        types = super().sharding_types(compute_device_type)
+        return types + [t for t in SUPPORTED_SHARDING_TYPES if t not in types]
+
+
+def _planned_rows(group: CompressedGroup, name: str) -> int:
+    """Rows of a fused table that takes as many bytes as the table and its part of the pool.
+
+    The pool is divided between the tables in proportion to their ids, so that the estimates of a
+    group add up to its cost.
+    """
+    table = group.table(name)
+    tracked = [t for t in group.tables if t.index >= 0]
+    if table.index < 0 or not tracked:
+        return table.shared_rows
+    share = table.num_ids / sum(t.num_ids for t in tracked)
+    return table.shared_rows + round(group.hot_rows * share)
+
+
+class EmbeddingShardingPlanner(TorchRecPlanner):
+    """Drop-in for TorchRec's planner that knows compressed tables.
+
+    Every argument keeps TorchRec's meaning; tables without ``table=`` are planned by TorchRec,
+    unchanged. Compressed tables are estimated at their compressed size. The caller's objects are
+    not modified.
+
+    Args:
+        constraints: per table; :class:`ParameterConstraints` to compress it.
+        kwargs: TorchRec's further arguments.
+
+    Raises:
+        ValueError: if a compressed table is constrained to what it cannot do.
+    """
+
+    def __init__(
+        self, *args: Any, constraints: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Check the constraints; see the class."""
+        self._kinds: dict[str, TableKind] = {}
+        adapted: dict[str, TorchRecConstraints] = {}
+        for name, constraint in (constraints or {}).items():
+            adapted[name] = constraint
+            if isinstance(constraint, ParameterConstraints) and constraint.table is not None:
+                _check_constraint(name, constraint)
+                self._kinds[name] = constraint.table
+                adapted[name] = dataclasses.replace(
+                    constraint,
+                    sharding_types=list(SUPPORTED_SHARDING_TYPES),
+                    compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+                )
+        # Enumerator and estimators keep a reference to this dictionary, which is ours.
+        self._adapted = adapted
+        super().__init__(*args, constraints=adapted, **kwargs)  # pyright: ignore
+
+    def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
+        """Plan on one process; :meth:`collective_plan` broadcasts rank 0's plan.
+
+        Args:
+            module: the model.
+            sharders: must hold an :class:`EmbeddingBagCollectionSharder` of this package if a
+                table is compressed.
+
+        Raises:
+            ValueError: naming the table, if a compressed table is unknown, has no sharder that
+                can compress it, or has no row left.
+        """
+        if not self._kinds:
+            return super().plan(module, sharders)
+        groups = self._group_tables(module, sharders)
+        planned = super().plan(module, self._planning_sharders(module, sharders, groups))
+        collections = {path: groups[id(child)] for path, child in _collections(module)}
+        for path, module_plan in planned.plan.items():
+            for name, group in collections.get(path, {}).items():
+                module_plan[name] = _compressed_sharding(name, group, module_plan[name])
+        return planned
+
+    def collective_plan(
+        self,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]] | None = None,
+        pg: dist.ProcessGroup | None = None,
+    ) -> ShardingPlan:
+        """Plan on rank 0 and broadcast; as TorchRec's, with our sharder as the default.
+
+        Args:
+            module: the model.
+            sharders: as in :meth:`plan`.
+            pg: process group of the plan.
+        """
+        if sharders is None and self._kinds:
+            sharders = [EmbeddingBagCollectionSharder()]  # pyright: ignore[reportAssignmentType]
+        return super().collective_plan(module, sharders, pg)
+
+    def _group_tables(
+        self, module: nn.Module, sharders: Sequence[ModuleSharder[nn.Module]]
+    ) -> dict[int, dict[str, CompressedGroup]]:
+        """The group of each compressed table, by collection (``id``) and table."""
+        if not any(isinstance(sharder, EmbeddingBagCollectionSharder) for sharder in sharders):
+            raise ValueError(
+                f"tables {sorted(self._kinds)} are compressed, so `sharders` must hold a "
+                "torchrec_cafe.EmbeddingBagCollectionSharder, got "
+                f"{[type(sharder).__name__ for sharder in sharders]}"
+            )
+        groups: dict[int, dict[str, CompressedGroup]] = {}
+        found: set[str] = set()
+        for _, collection in _collections(module):
+            groups[id(collection)] = self._group_collection(collection)
+            found |= groups[id(collection)].keys()
+        unknown = sorted(self._kinds.keys() - found)
+        if unknown:
+            raise ValueError(
+                f"constraints compress tables {unknown}, which no EmbeddingBagCollection of the "
+                "model has; check the names"
+            )
+        return groups
+
+    def _group_collection(self, collection: EmbeddingBagCollection) -> dict[str, CompressedGroup]:
+        members: dict[tuple[Any, ...], list[EmbeddingBagConfig]] = {}
+        for config in collection.embedding_bag_configs():
+            kind = self._kinds.get(config.name)
+            if kind is not None:
+                key = (kind, config.embedding_dim, config.data_type, config.pooling)
+                members.setdefault(key, []).append(config)
+        result: dict[str, CompressedGroup] = {}
+        for number, ((kind, *_), configs) in enumerate(members.items()):
+            shapes = [
+                TableShape(
+                    name=config.name,
+                    num_embeddings=config.num_embeddings,
+                    embedding_dim=config.embedding_dim,
+                    item_bytes=item_bytes(config.data_type),
+                )
+                for config in configs
+            ]
+            group = CompressedGroup.from_allocation(
+                f"{type(kind).__name__.lower()}_pool_{number}",
+                kind,
+                {config.name: config.num_embeddings for config in configs},
+                kind.allocate(shapes),
+            )
+            if group.has_pool:
+                group.shard_bounds(self._topology.world_size)  # refuse too many ranks now
+            result |= {config.name: group for config in configs}
+        return result
+
+    def _planning_sharders(
+        self,
+        module: nn.Module,
+        sharders: Sequence[ModuleSharder[nn.Module]],
+        groups: dict[int, dict[str, CompressedGroup]],
+    ) -> list[Any]:
+        for _, collection in _collections(module):
+            for config in collection.embedding_bag_configs():
+                constraint = self._adapted.get(config.name, TorchRecConstraints())
+                if config.name not in self._kinds and not constraint.sharding_types:
+                    # What the planning sharder adds is for compressed tables only.
+                    types = EmbeddingBagCollectionSharder().sharding_types(
+                        self._topology.compute_device
+                    )
+                    types = [t for t in types if t != ShardingType.GRID_SHARD.value]
+                    self._adapted[config.name] = dataclasses.replace(
+                        constraint, sharding_types=types
+                    )
+        return [
+            _PlanningSharder(sharder, groups)
+            if isinstance(sharder, EmbeddingBagCollectionSharder)
+            else sharder
+            for sharder in sharders
+        ]
+
+
+def _collections(module: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:
+    return [
+        (path, child)
+        for path, child in module.named_modules()
+        if type(child) is EmbeddingBagCollection
+    ]
+
+
+def _check_constraint(name: str, constraint: ParameterConstraints) -> None:
+    types = constraint.sharding_types
+    if types is not None and not set(types) & set(SUPPORTED_SHARDING_TYPES):
+        raise ValueError(
+            f"table {name!r}: a compressed table can be sharded "
+            f"{' or '.join(SUPPORTED_SHARDING_TYPES)}, got sharding_types={types}; "
+            "leave sharding_types out or leave the table uncompressed"
+        )
+    kernels = constraint.compute_kernels
+    allowed = {
+        EmbeddingComputeKernel.FUSED.value,
+        EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value,
+    }
+    if kernels is not None and not set(kernels) & allowed:
+        raise ValueError(
+            f"table {name!r}: the compute kernel of a compressed table is its own, got "
+            f"compute_kernels={kernels}; leave compute_kernels out"
+        )
+
+
+def _compressed_sharding(
+    name: str, group: CompressedGroup, planned: ParameterSharding
+) -> CompressedParameterSharding:
+    """The plan's entry with shared rows cut where the virtual shards are."""
+    assert planned.sharding_spec is not None
+    old: list[ShardMetadata] = planned.sharding_spec.shards  # pyright: ignore
+    rows = group.row_bounds(group.table(name), len(old))
+    values = {f: getattr(planned, f) for f in ParameterSharding.__dataclass_fields__}
+    values |= {
+        "compute_kernel": EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value,
+        "sharding_spec": EnumerableShardingSpec(
+            [
+                ShardMetadata(
+                    shard_offsets=[begin, 0],
+                    shard_sizes=[end - begin, shard.shard_sizes[1]],
+                    placement=shard.placement,
+                )
+                for begin, end, shard in zip(rows[:-1], rows[1:], old, strict=True)
+            ]
+        ),
+    }
+    return CompressedParameterSharding(**values, group=group)

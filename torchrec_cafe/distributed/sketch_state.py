@@ -1,0 +1,109 @@
+"""The sketch of a pool in checkpoints: sharded tensors whose first axis is the virtual shard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard
+from torch.distributed._shard.sharding_spec import ShardMetadata
+
+from torchrec_cafe.distributed._torchrec import (
+    ShardedTensor,
+    ShardedTensorMetadata,
+    TensorProperties,
+)
+from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
+
+
+def _shard_metadata(kernel: CompressedEmbeddingBag, tensor: Tensor) -> list[ShardMetadata]:
+    """Where each rank's part of a state tensor lies: as its hot rows, in whole shards."""
+    rest = list(tensor.shape[1:])
+    per_shard = kernel.group.hot_rows_per_shard
+    hot_rows = kernel.config.embedding_tables[-1].global_metadata
+    assert hot_rows is not None
+    return [
+        ShardMetadata(
+            shard_offsets=[shard.shard_offsets[0] // per_shard, *[0] * len(rest)],
+            shard_sizes=[shard.shard_sizes[0] // per_shard, *rest],
+            placement=shard.placement,
+        )
+        for shard in hot_rows.shards_metadata
+    ]
+
+
+def sharded_sketches(kernel: CompressedEmbeddingBag, prefix: str) -> dict[str, ShardedTensor]:
+    """The kernel's sketch as sharded tensors that share its memory.
+
+    Args:
+        kernel: a kernel; without a pool the result is empty.
+        prefix: what goes before the name of the pool.
+
+    Returns:
+        ``{prefix}{pool}.sketch_{state}`` for each tensor of the sketch.
+    """
+    pool = kernel.bags.pool
+    if pool is None:
+        return {}
+    first = pool.layout.first_shard
+    result = {}
+    for name, tensor in pool.sketch.tensors().items():
+        shards = _shard_metadata(kernel, tensor)
+        mine = next(
+            s for s in shards if s.shard_offsets[0] == first and s.shard_sizes[0] == len(tensor)
+        )
+        metadata = ShardedTensorMetadata(
+            shards_metadata=shards,
+            size=torch.Size([kernel.group.num_shards, *tensor.shape[1:]]),
+            tensor_properties=TensorProperties(dtype=tensor.dtype),
+        )
+        result[f"{prefix}{kernel.group.name}.sketch_{name}"] = (
+            ShardedTensor._init_from_local_shards_and_global_metadata(
+                local_shards=[Shard(tensor, mine)],
+                sharded_tensor_metadata=metadata,
+                process_group=kernel._pg,
+            )
+        )
+    return result
+
+
+def load_sketches(
+    kernel: CompressedEmbeddingBag, state_dict: dict[str, Any], prefix: str
+) -> list[str]:
+    """Copy a checkpoint's sketch into the kernel and take it out of ``state_dict``.
+
+    Args:
+        kernel: a kernel, mutated.
+        state_dict: mutated: the sketch's entries are removed.
+        prefix: what goes before the name of the pool.
+
+    Returns:
+        Keys that the kernel needs and ``state_dict`` lacks.
+
+    Raises:
+        ValueError: if a tensor has another shape; nothing is copied then.
+    """
+    pool = kernel.bags.pool
+    if pool is None:
+        return []
+    missing, loaded = [], []
+    for name, tensor in pool.sketch.tensors().items():
+        key = f"{prefix}{kernel.group.name}.sketch_{name}"
+        if key not in state_dict:
+            missing.append(key)
+            continue
+        value = state_dict.pop(key)
+        if isinstance(value, ShardedTensor):
+            value = value.local_tensor()
+        if value.shape != tensor.shape or value.dtype != tensor.dtype:
+            raise ValueError(
+                f"pool {kernel.group.name!r}: {key!r} must be {tensor.dtype} of shape "
+                f"{list(tensor.shape)}, got {value.dtype} of shape {list(value.shape)}; load it "
+                "into tables of the same kind and size"
+            )
+        loaded.append((tensor, value))
+    for tensor, value in loaded:
+        tensor.copy_(value)
+    pool.reload()
+    return missing

@@ -1,0 +1,175 @@
+"""What the sharding plan says about a compressed table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import ParameterSharding
+
+from torchrec_cafe.config import Allocation, TableKind
+from torchrec_cafe.ops import first_mixed_id
+
+#: Key of ``fused_params`` under which a group travels through TorchRec to the kernel.
+GROUP_PARAM = "torchrec_cafe_group"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedTable:
+    """A table of a group.
+
+    Attributes:
+        name: name of the table.
+        num_ids: rows of the uncompressed table.
+        shared_rows: rows that its ids share; ``num_ids`` if it is kept whole.
+        index: number in the pool, or -1: its ids never own a hot row.
+    """
+
+    name: str
+    num_ids: int
+    shared_rows: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedGroup:
+    """Tables that share a budget, a TBE and (for :class:`Cafe`) a pool of hot rows.
+
+    Hashable, because TorchRec groups tables by their fused parameters.
+
+    Attributes:
+        name: unique in its module; names the pool in checkpoints.
+        kind: how the tables are kept.
+        tables: the tables.
+        num_shards: virtual shards of the pool; 0 without a pool.
+        hot_rows_per_shard: hot rows of a virtual shard.
+        buckets_per_shard: sketch buckets of a virtual shard.
+    """
+
+    name: str
+    kind: TableKind
+    tables: tuple[CompressedTable, ...]
+    num_shards: int
+    hot_rows_per_shard: int
+    buckets_per_shard: int
+
+    @classmethod
+    def from_allocation(
+        cls, name: str, kind: TableKind, num_embeddings: dict[str, int], allocation: Allocation
+    ) -> CompressedGroup:
+        """Name the parts of an allocation.
+
+        Args:
+            name: name of the group.
+            kind: kind that made the allocation.
+            num_embeddings: rows of each uncompressed table.
+            allocation: what the kind gave them.
+        """
+        index = {table: i for i, table in enumerate(allocation.tracked)}
+        tables = tuple(
+            CompressedTable(
+                name=table,
+                num_ids=num_embeddings[table],
+                shared_rows=rows,
+                index=index.get(table, -1),
+            )
+            for table, rows in allocation.shared_rows.items()
+        )
+        return cls(
+            name=name,
+            kind=kind,
+            tables=tables,
+            num_shards=allocation.num_shards,
+            hot_rows_per_shard=allocation.hot_rows_per_shard,
+            buckets_per_shard=allocation.buckets_per_shard,
+        )
+
+    @property
+    def has_pool(self) -> bool:
+        """Whether ids of the group can own a row."""
+        return self.num_shards > 0
+
+    @property
+    def hot_rows(self) -> int:
+        """Hot rows over all ranks."""
+        return self.num_shards * self.hot_rows_per_shard
+
+    def table(self, name: str) -> CompressedTable:
+        """The table of that name."""
+        return next(table for table in self.tables if table.name == name)
+
+    def shard_bounds(self, world_size: int) -> list[int]:
+        """First virtual shard of each rank, and the number of shards: ``world_size + 1`` numbers.
+
+        Raises:
+            ValueError: if there are more ranks than virtual shards.
+        """
+        if world_size > self.num_shards:
+            raise ValueError(
+                f"group {self.name!r}: num_shards must be at least the number of ranks, got "
+                f"num_shards={self.num_shards} for {world_size} ranks; "
+                f"set Cafe(num_shards={world_size}) or more"
+            )
+        return even_bounds(self.num_shards, world_size)
+
+    def row_bounds(self, table: CompressedTable, world_size: int) -> list[int]:
+        """First shared row of each rank, and the number of rows: ``world_size + 1`` numbers.
+
+        A rank owns the rows of its virtual shards, so that an id's shared row, its place in the
+        sketch and its hot row are always on one rank.
+        """
+        if not self.has_pool:
+            return even_bounds(table.shared_rows, world_size)
+        shards = self.shard_bounds(world_size)
+        return [-(-shard * table.shared_rows // self.num_shards) for shard in shards]
+
+    def id_bounds(self, table: CompressedTable, world_size: int) -> list[int]:
+        """First mixed id of each rank, and the number of ids: ``world_size + 1`` numbers."""
+        rows = self.row_bounds(table, world_size)
+        return [first_mixed_id(row, table.num_ids, table.shared_rows) for row in rows]
+
+
+def even_bounds(size: int, parts: int) -> list[int]:
+    """Cut ``[0, size)`` as TorchRec does: blocks of ``ceil(size / parts)``, the last ones shorter."""
+    block = -(-size // parts)
+    return [min(size, block * part) for part in range(parts + 1)]
+
+
+@dataclass
+class CompressedParameterSharding(ParameterSharding):
+    """The sharding of a compressed table.
+
+    ``sharding_spec`` describes the shared rows. The compute kernel is ``customized_kernel``, so
+    that a sharder that does not know compressed tables refuses the plan instead of building the
+    table in full.
+
+    Attributes:
+        group: the table's group; the same object for all its tables.
+    """
+
+    group: CompressedGroup | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the plan can only be understood as a compressed table's.
+
+        Raises:
+            ValueError: if the group is missing or the compute kernel is another.
+        """
+        if self.group is None:
+            raise ValueError("CompressedParameterSharding: `group` must be given")
+        if self.compute_kernel != EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value:
+            raise ValueError(
+                "CompressedParameterSharding: `compute_kernel` must be 'customized_kernel', got "
+                f"{self.compute_kernel!r}"
+            )
+
+    @property
+    def kind(self) -> TableKind:
+        """How the table is kept."""
+        assert self.group is not None
+        return self.group.kind
+
+    def get_additional_fused_params(self) -> dict[str, Any]:
+        """What TorchRec hands to the kernel of a customized table."""
+        return {GROUP_PARAM: self.group}

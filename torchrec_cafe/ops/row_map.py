@@ -1,0 +1,202 @@
+"""From ids to physical rows.
+
+Shape legend: N ids, F features, B samples, S virtual shards held by this rank, T tables of a pool.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchrec_cafe.ops._checks import check_same_device, check_tensor
+
+#: Columns of the ``tables`` argument of :func:`remap`.
+TABLE_COLUMNS = ("num_ids", "shared_rows", "first_id", "row_offset", "index")
+
+
+class Remapped(NamedTuple):
+    """A batch in physical rows, sample-major: bag ``b * F + f`` is sample b of feature f.
+
+    Attributes:
+        rows: int64 ``[N]``, physical row of each occurrence.
+        offsets: int64 ``[B * F + 1]``, where each bag starts in ``rows``.
+        source: int64 ``[N]``, position in ``ids`` that each occurrence came from.
+        bags: int64 ``[N]``, bag of each occurrence.
+        keys: int64 ``[N]``, key in the sketch; 0 where it is not tracked.
+        shards: int32 ``[N]``, virtual shard on this rank; -1 where it is not tracked.
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    source: Tensor
+    bags: Tensor
+    keys: Tensor
+    shards: Tensor
+
+
+def mix_ids(
+    ids: Tensor, feature_offsets: Tensor, num_embeddings: Tensor, out_of_range: Tensor
+) -> Tensor:
+    """Apply to each feature's ids a fixed bijection of ``[0, num_embeddings)``.
+
+    Ids sorted by frequency are the norm: without mixing, a contiguous range of them would put
+    every popular id on one rank and into one shared row.
+
+    Args:
+        ids: int64 ``[N]``, feature after feature.
+        feature_offsets: int64 ``[F + 1]``, where each feature's ids start; ascending from 0 to N.
+        num_embeddings: int64 ``[F]``, rows of the feature's table; 0 leaves its ids alone.
+        out_of_range: int64 ``[F]``, mutated: how many ids were outside ``[0, num_embeddings)`` is
+            added to it. They are taken as id 0, as FBGEMM's bounds check does.
+
+    Returns:
+        int64 ``[N]``, mixed ids.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape is not the one above, or the devices differ.
+
+    Note:
+        Deterministic, and the same on every device. Not differentiable.
+    """
+    check_tensor("mix_ids", "ids", ids, torch.int64, (None,))
+    features = num_embeddings.numel()
+    check_tensor("mix_ids", "num_embeddings", num_embeddings, torch.int64, (None,))
+    check_tensor("mix_ids", "feature_offsets", feature_offsets, torch.int64, (features + 1,))
+    check_tensor("mix_ids", "out_of_range", out_of_range, torch.int64, (features,))
+    check_same_device(
+        "mix_ids",
+        ids=ids,
+        feature_offsets=feature_offsets,
+        num_embeddings=num_embeddings,
+        out_of_range=out_of_range,
+    )
+    return torch.ops.torchrec_cafe.mix_ids(ids, feature_offsets, num_embeddings, out_of_range)
+
+
+def remap(
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    *,
+    sketch_keys: Tensor,
+    sketch_hot_rows: Tensor,
+    first_shard: int,
+    num_shards: int,
+    num_hot_rows: int,
+    hot_offset: int,
+) -> Remapped:
+    """Turn the ids of a whole group of tables into physical rows of one table.
+
+    A mixed id ``m`` of a table of ``n`` ids and ``r`` shared rows has the shared row
+    ``m * r // n``; if the sketch says that it is hot, it has its own row instead.
+
+    Args:
+        ids: int64 ``[N]``, mixed ids relative to the table's ``first_id``, feature-major.
+        offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
+        tables: int64 ``[F, 5]``, the columns of :data:`TABLE_COLUMNS`: ids of the table; rows they
+            share; mixed id of local id 0; physical row of shared row 0; number of the table in its
+            pool, or -1 if its ids are never hot.
+        sketch_keys: int64 ``[S, buckets, 4]``.
+        sketch_hot_rows: int32 ``[S, buckets, 4]``.
+        first_shard: global number of this rank's first virtual shard, >= 0.
+        num_shards: virtual shards over all ranks, >= 0.
+        num_hot_rows: hot rows per virtual shard, >= 0.
+        hot_offset: physical row of the first hot row, >= 0.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape is not the one above, or the devices differ.
+
+    Note:
+        Deterministic. Nothing is mutated. Not differentiable.
+
+    Reference: CAFE (SIGMOD 2024), section 3.1.
+    """
+    check_tensor("remap", "ids", ids, torch.int64, (None,))
+    check_tensor("remap", "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
+    check_tensor("remap", "offsets", offsets, torch.int64, (None,))
+    features = tables.shape[0]
+    if features == 0 or offsets.numel() == 0 or (offsets.numel() - 1) % features:
+        raise ValueError(
+            f"remap: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
+            f"for {features} features"
+        )
+    check_tensor("remap", "sketch_keys", sketch_keys, torch.int64, (None, None, 4))
+    check_tensor(
+        "remap", "sketch_hot_rows", sketch_hot_rows, torch.int32, tuple(sketch_keys.shape)
+    )
+    check_same_device(
+        "remap",
+        ids=ids,
+        offsets=offsets,
+        tables=tables,
+        sketch_keys=sketch_keys,
+        sketch_hot_rows=sketch_hot_rows,
+    )
+    return Remapped(
+        *torch.ops.torchrec_cafe.remap(
+            ids,
+            offsets,
+            tables,
+            sketch_keys,
+            sketch_hot_rows,
+            first_shard,
+            num_shards,
+            num_hot_rows,
+            hot_offset,
+        )
+    )
+
+
+def shared_rows_of(keys: Tensor, tables: Tensor) -> Tensor:
+    """The physical shared row of each key.
+
+    Args:
+        keys: int64 ``[N]``, keys of a pool.
+        tables: int64 ``[T, 5]``, one row per table of the pool, in the order of ``index``.
+
+    Returns:
+        int64 ``[N]``.
+    """
+    table = tables[keys >> 48]
+    mixed_ids = keys & ((1 << 48) - 1)
+    num_ids, shared_rows, row_offset = table[:, 0], table[:, 1], table[:, 3]
+    return row_offset + torch.div(mixed_ids * shared_rows, num_ids, rounding_mode="floor")
+
+
+def first_mixed_id(shared_row: int, num_ids: int, shared_rows: int) -> int:
+    """The smallest mixed id whose shared row is at least ``shared_row``."""
+    return -(-shared_row * num_ids // shared_rows)
+
+
+@torch.library.register_fake("torchrec_cafe::mix_ids")
+def _(
+    ids: Tensor, feature_offsets: Tensor, num_embeddings: Tensor, out_of_range: Tensor
+) -> Tensor:
+    return torch.empty_like(ids)
+
+
+@torch.library.register_fake("torchrec_cafe::remap")
+def _(  # noqa: PLR0913  the schema has as many arguments
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    sketch_keys: Tensor,
+    sketch_hot_rows: Tensor,
+    first_shard: int,
+    num_shards: int,
+    num_hot_rows: int,
+    hot_offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shards = torch.empty_like(ids, dtype=torch.int32)
+    return (
+        torch.empty_like(ids),
+        torch.empty_like(offsets),
+        torch.empty_like(ids),
+        torch.empty_like(ids),
+        torch.empty_like(ids),
+        shards,
+    )

@@ -1,0 +1,99 @@
+"""All contact with FBGEMM beyond its documented stable interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
+    BoundsCheckMode,
+    EmbeddingLocation,
+    PoolingMode,
+)
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torch import Tensor
+
+
+class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
+    """A stock TBE over one physical table whose consecutive row ranges are the logical tables.
+
+    One physical table with one feature keeps FBGEMM's CPU backward on its fast path, and lets a
+    bag mix rows of its own table with rows of the shared pool of hot rows. Only the two methods
+    that describe the tables to the outside are overridden, both part of FBGEMM's stable API, so
+    that weights, optimizer state and checkpoints appear table by table.
+
+    Args:
+        rows_per_table: rows of each logical table, in order, each >= 0, at least one in total.
+        embedding_dim: columns, a multiple of 4.
+        weights_precision: FP32 or FP16.
+        device: where the rows live; CPU or CUDA.
+        fused_params: the TBE's optimizer arguments, as TorchRec calls them.
+
+    Raises:
+        ValueError: if there are no rows at all.
+    """
+
+    # FBGEMM's constructor may ask for the weights before the ranges are known.
+    _row_ranges: tuple[tuple[int, int], ...] = ()
+
+    def __init__(
+        self,
+        rows_per_table: Sequence[int],
+        embedding_dim: int,
+        *,
+        weights_precision: SparseType,
+        device: torch.device,
+        fused_params: dict[str, Any],
+    ) -> None:
+        """Allocate the physical table; see the class."""
+        total = sum(rows_per_table)
+        if total < 1:
+            raise ValueError(
+                "RowRangeTBE: `rows_per_table` must have at least one row in total, got "
+                f"{list(rows_per_table)}"
+            )
+        on_cuda = device.type == "cuda"
+        super().__init__(
+            embedding_specs=[
+                (
+                    total,
+                    embedding_dim,
+                    EmbeddingLocation.DEVICE if on_cuda else EmbeddingLocation.HOST,
+                    ComputeDevice.CUDA if on_cuda else ComputeDevice.CPU,
+                )
+            ],
+            feature_table_map=[0],
+            pooling_mode=PoolingMode.SUM,
+            weights_precision=weights_precision,
+            device=device,
+            # Rows come from the remap operator, which cannot produce one that is out of range.
+            bounds_check_mode=BoundsCheckMode.NONE,
+            **fused_params,
+        )
+        ranges, start = [], 0
+        for rows in rows_per_table:
+            ranges.append((start, start + rows))
+            start += rows
+        self._row_ranges = tuple(ranges)
+
+    def physical_tensors(self) -> list[Tensor]:
+        """The physical table and its row-wise optimizer states, first axis rows; views."""
+        states = super().split_optimizer_states()
+        return [super().split_embedding_weights()[0], *(states[0] if states else [])]
+
+    def split_embedding_weights(self) -> list[Tensor]:
+        """Weights of each logical table, as views."""
+        weights = super().split_embedding_weights()[0]
+        return [weights[begin:end] for begin, end in self._row_ranges]
+
+    def split_optimizer_states(self) -> list[list[Tensor]]:
+        """Optimizer states of each logical table, as views."""
+        states = super().split_optimizer_states()
+        if not states:
+            return states
+        return [[state[begin:end] for state in states[0]] for begin, end in self._row_ranges]
