@@ -4,8 +4,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
-#include "../sketch_tensors.h"
+#include "checks.h"
+#include "sketch_tensors.h"
 
 namespace torchrec_cafe {
 namespace {

@@ -1,8 +1,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../checks.h"
-#include "../hash.h"
+#include "checks.h"
+#include "hash.h"
 
 namespace torchrec_cafe {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "../checks.h"
-#include "../sketch_tensors.h"
+#include "checks.h"
+#include "sketch_tensors.h"
 
 namespace torchrec_cafe {
 namespace {

@@ -203,7 +203,7 @@ def encode_features(
 
 def _factorize(frame: pd.DataFrame, column: str) -> tuple[int, np.ndarray]:
     """Returns the number of distinct values of a column and their ids, int32."""
-    ids, distinct = pd.factorize(frame[column].array, sort=True)
+    ids, distinct = pd.factorize(pd.Series(frame[column]), sort=True)
     missing = ids < 0
     size = len(distinct) + int(missing.any())
     return size, np.where(missing, len(distinct), ids).astype(np.int32)

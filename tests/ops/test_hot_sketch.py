@@ -1,0 +1,274 @@
+"""HotSketch: the operators against their definition, and the properties that define a sketch."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torchrec_cafe import ops
+from torchrec_cafe.ops import SketchState, reference
+
+SHARDS, BUCKETS, HOT_ROWS, TABLES = 3, 2, 3, 2
+# Every int64 is an ordinary key, also those that other sketches take for an empty slot.
+KEYS = st.sampled_from([0, 1, 2, 3, 5, 8, 13, 21, -1, 2**63 - 1, -(2**63)])
+OCCURRENCES = st.lists(
+    st.tuples(
+        KEYS,
+        st.integers(-1, SHARDS - 1),
+        st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0, 100.0, float("nan"), float("inf"), -1.0]),
+    ),
+    max_size=40,
+)
+
+
+def empty(tables: int = 0, shards: int = SHARDS) -> SketchState:
+    return SketchState.empty(shards=shards, buckets=BUCKETS, hot_rows=HOT_ROWS, tables=tables)
+
+
+def clone(state: SketchState) -> SketchState:
+    return SketchState(**{name: tensor.clone() for name, tensor in state.tensors().items()})
+
+
+def assert_equal(left: SketchState, right: SketchState) -> None:
+    for name, tensor in left.tensors().items():
+        assert torch.equal(tensor, right.tensors()[name]), name
+
+
+def batch(occurrences: list[tuple[int, int, float]]) -> tuple[Tensor, Tensor, Tensor]:
+    keys = torch.tensor([key for key, _, _ in occurrences], dtype=torch.int64)
+    shards = torch.tensor([shard for _, shard, _ in occurrences], dtype=torch.int32)
+    return keys, shards, torch.tensor([x for _, _, x in occurrences], dtype=torch.float32)
+
+
+def assert_consistent(state: SketchState) -> None:
+    """Every hot row has at most one owner, and owners and slots agree."""
+    for shard in range(state.keys.shape[0]):
+        hot_rows = state.hot_rows[shard].flatten().tolist()
+        owned = {row: slot for slot, row in enumerate(hot_rows) if row >= 0}
+        assert len(owned) == sum(row >= 0 for row in hot_rows)
+        assert owned == {
+            row: slot for row, slot in enumerate(state.owners[shard].tolist()) if slot >= 0
+        }
+
+
+@given(batches=st.lists(OCCURRENCES, max_size=4), growth=st.sampled_from([1.0, 1.5, 2.0**40]))
+@settings(max_examples=60, deadline=None)
+def test_observe_and_rebalance_match_reference(batches, growth):
+    native, plain = empty(), empty()
+    for number, occurrences in enumerate(batches):
+        ops.observe(native, *batch(occurrences), growth=growth)
+        reference.observe(plain, *batch(occurrences), growth=growth)
+        assert_equal(native, plain)
+        selected = torch.arange(number % 2, SHARDS, 2)
+        options = {"min_score": 0.5 * (number % 3), "hysteresis": 0.25}
+        got = ops.rebalance(native, selected, **options)
+        expected = reference.rebalance(plain, selected, **options)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+        assert_equal(native, plain)
+        assert_consistent(native)
+
+
+@given(
+    occurrences=st.lists(
+        st.tuples(st.integers(0, TABLES - 1), st.integers(0, 9), st.floats(0, 8, width=32)),
+        max_size=40,
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_normalised_importance_matches_reference(occurrences):
+    keys = torch.tensor([t << 48 | i for t, i, _ in occurrences], dtype=torch.int64)
+    shards = torch.zeros(len(occurrences), dtype=torch.int32)
+    importance = torch.tensor([x for _, _, x in occurrences], dtype=torch.float32)
+    native, plain = empty(TABLES), empty(TABLES)
+    for _ in range(2):
+        ops.observe(native, keys, shards, importance, norm_decay=0.5)
+        reference.observe(plain, keys, shards, importance, norm_decay=0.5)
+    assert_equal(native, plain)
+
+
+@given(occurrences=OCCURRENCES)
+@settings(max_examples=60, deadline=None)
+def test_mass_is_conserved(occurrences):
+    """Scores hold exactly what was observed, less what was skipped; SpaceSaving hands over all."""
+    state = empty()
+    keys, shards, importance = batch(occurrences)
+    ops.observe(state, keys, shards, importance)
+    valid = importance.isfinite() & (importance >= 0) & (shards >= 0)
+    assert state.counters[:, 1].sum() == 0  # nothing is hot yet, so nothing can be skipped
+    assert state.scores.double().sum() == importance[valid].double().sum()
+
+
+@given(occurrences=OCCURRENCES)
+@settings(max_examples=60, deadline=None)
+def test_estimate_bounds_truth(occurrences):
+    """``true <= score <= true + inherited``: the score of a held key is never below the truth."""
+    state = empty()
+    keys, shards, importance = batch(occurrences)
+    ops.observe(state, keys, shards, importance)
+    valid = importance.isfinite() & (importance >= 0)
+    for shard in range(SHARDS):
+        total = importance[valid & (shards == shard)].sum()
+        for key in set(keys.tolist()):
+            place = reference.find(state.keys, state.hot_rows, shard, key)
+            if place is not None:
+                true = importance[valid & (shards == shard) & (keys == key)].sum()
+                assert true <= state.scores[shard][place] <= total
+
+
+@given(occurrences=OCCURRENCES)
+@settings(max_examples=40, deadline=None)
+def test_union_of_shards_equals_whole(occurrences):
+    """A shard's state depends on its own occurrences only, so that shards can move."""
+    whole = empty()
+    keys, shards, importance = batch(occurrences)
+    ops.observe(whole, keys, shards, importance)
+    for shard in range(SHARDS):
+        part = empty(shards=1)
+        mine = torch.where(shards == shard, 0, -1).int()
+        ops.observe(part, keys, mine, importance)
+        for name, tensor in part.tensors().items():
+            assert torch.equal(tensor[0], whole.tensors()[name][shard]), name
+
+
+def test_result_does_not_depend_on_threads():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(0, 500, (4096,), generator=generator)
+    shards = (keys % 64).int()
+    importance = torch.rand(4096, generator=generator)
+    states, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            state = SketchState.empty(shards=64, buckets=2, hot_rows=2, tables=0)
+            for _ in range(3):
+                ops.observe(state, keys, shards, importance)
+                ops.rebalance(state, torch.arange(64))
+            states.append(state)
+    finally:
+        torch.set_num_threads(threads)
+    assert_equal(states[0], states[1])
+    assert_equal(states[0], states[2])
+
+
+def test_hot_rows_go_to_highest_scores():
+    state = SketchState.empty(shards=1, buckets=8, hot_rows=4, tables=0)
+    keys = torch.arange(16)
+    ops.observe(state, keys, torch.zeros(16, dtype=torch.int32), 1.0 + keys.float())
+    ops.rebalance(state, torch.tensor([0]))
+    owners = state.owners[0]
+    assert sorted(state.keys.flatten()[owners.long()].tolist()) == [12, 13, 14, 15]
+
+
+def test_hysteresis_keeps_the_border_still():
+    state = SketchState.empty(shards=1, buckets=4, hot_rows=1, tables=0)
+    zeros = torch.zeros(2, dtype=torch.int32)
+    ops.observe(state, torch.tensor([1, 2]), zeros, torch.tensor([10.0, 9.0]))
+    ops.rebalance(state, torch.tensor([0]), hysteresis=0.2)
+    ops.observe(state, torch.tensor([1, 2]), zeros, torch.tensor([0.0, 2.0]))  # now 10 and 11
+    actions, _ = ops.rebalance(state, torch.tensor([0]), hysteresis=0.2)
+    assert actions.tolist() == [[ops.ACTION_KEEP]]
+    ops.observe(state, torch.tensor([1, 2]), zeros, torch.tensor([0.0, 9.0]))  # now 10 and 20
+    actions, new_keys = ops.rebalance(state, torch.tensor([0]), hysteresis=0.2)
+    assert actions.tolist() == [[ops.ACTION_COPY]]
+    assert new_keys.tolist() == [[2]]
+
+
+def test_renormalisation_keeps_order_and_scale():
+    state, steady = empty(shards=1), empty(shards=1)
+    zeros = torch.zeros(3, dtype=torch.int32)
+    keys, importance = torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0, 4.0])
+    for _ in range(100):
+        ops.observe(state, keys, zeros, importance, growth=2.0)
+        ops.observe(steady, keys, zeros, importance)
+    assert state.inflation.item() <= 2.0**60
+    assert state.scores.isfinite().all()
+    held = state.scores[0].flatten() / state.inflation.float()
+    # A geometric series: an occurrence now counts 1, one n steps ago 2**-n.
+    assert torch.allclose(held.sort().values[-3:], torch.tensor([2.0, 4.0, 8.0]))
+    order = state.scores.flatten().argsort(), steady.scores.flatten().argsort()
+    assert order[0].tolist()[-3:] == order[1].tolist()[-3:]
+
+
+def test_frequent_keys_are_held_as_often_as_the_paper_says():
+    """CAFE, theorem 1: a key of share g is held with Pr > 1 - (1 - g) / ((c - 1) g w)."""
+    buckets, slots, trials = 64, ops.SLOTS, 60
+    share = 0.05
+    bound = 1 - (1 - share) / ((slots - 1) * share * buckets)
+    generator = torch.Generator().manual_seed(1)
+    held = 0
+    for trial in range(trials):
+        state = SketchState.empty(shards=1, buckets=buckets, hot_rows=1, tables=0)
+        stream = torch.randint(10, 100_000, (4000,), generator=generator) + trial * 1_000_000
+        stream[torch.rand(4000, generator=generator) < share] = trial
+        shards = torch.zeros(4000, dtype=torch.int32)
+        ops.observe(state, stream, shards, torch.ones(4000))
+        held += reference.find(state.keys, state.hot_rows, 0, trial) is not None
+    # Three standard deviations of a binomial below the bound.
+    slack = 3 * (bound * (1 - bound) / trials) ** 0.5
+    assert held / trials >= bound - slack
+
+
+def test_opcheck():
+    state = empty(TABLES)
+    keys, shards, importance = batch([(1, 0, 1.0), (2, 1, 2.0), (1, 0, 0.5)])
+    torch.library.opcheck(
+        torch.ops.torchrec_cafe.observe,
+        (
+            *(keys, shards, importance, state.keys, state.scores, state.hot_rows),
+            *(state.norms, state.inflation, state.counters, 1.5, 0.9),
+        ),
+    )
+    ops.observe(state, keys, shards, importance)
+    torch.library.opcheck(
+        torch.ops.torchrec_cafe.rebalance,
+        (
+            *(torch.tensor([0, 2]), state.keys, state.scores, state.hot_rows),
+            *(state.owners, state.inflation, state.counters, 0.0, 0.1),
+        ),
+    )
+
+
+GOOD = batch([(1, 0, 1.0), (2, 1, 2.0)])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "`keys` must be torch.int64", {"keys": GOOD[0].int()}),
+        (TypeError, "`shards` must be torch.int32", {"shards": GOOD[1].long()}),
+        (TypeError, "`importance` must be torch.float32", {"importance": GOOD[2].double()}),
+        (ValueError, r"`importance` must have shape \[2\], got \[1\]", {"importance": GOOD[2][:1]}),
+        (ValueError, r"`keys` must have shape \[any\]", {"keys": GOOD[0].view(1, 2)}),
+        (ValueError, r"`growth` must be in \[1, 2\*\*60\], got 0.5", {"growth": 0.5}),
+        (ValueError, r"`norm_decay` must be in \(0, 1\], got 0", {"norm_decay": 0}),
+        (RuntimeError, r"shards must be in \[-1, 3\)", {"shards": GOOD[1] + 7}),
+    ],
+)
+def test_observe_refuses_and_leaves_the_state(error, message, change):
+    state = empty()
+    before = clone(state)
+    arguments = dict(zip(("keys", "shards", "importance"), GOOD, strict=True)) | change
+    with pytest.raises(error, match=message):
+        ops.observe(state, **arguments)
+    assert_equal(state, before)
+
+
+def test_rebalance_and_state_refuse():
+    state = empty()
+    with pytest.raises(ValueError, match=r"`hysteresis` must be in \[0, 1\), got 1"):
+        ops.rebalance(state, torch.tensor([0]), hysteresis=1)
+    with pytest.raises(ValueError, match="`min_score` must be >= 0, got -1"):
+        ops.rebalance(state, torch.tensor([0]), min_score=-1)
+    with pytest.raises(RuntimeError, match=r"selected must be in \[0, 3\)"):
+        ops.rebalance(state, torch.tensor([3]))
+    with pytest.raises(RuntimeError, match="selected must ascend"):
+        ops.rebalance(state, torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match="`hot_rows` must be >= 1, got 0"):
+        SketchState.empty(shards=1, buckets=1, hot_rows=0, tables=0)
+    broken = dataclasses.replace(state, owners=state.owners[:1].contiguous())
+    with pytest.raises(ValueError, match=r"`owners` must have shape \[3, any\]"):
+        ops.rebalance(broken, torch.tensor([0]))

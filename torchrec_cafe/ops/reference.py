@@ -1,0 +1,218 @@
+"""The operators in plain PyTorch and Python: the readable statement of what they do.
+
+Same names, same arguments, same results bit for bit, no native code. Slow: one step per occurrence.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchrec_cafe.ops.hot_sketch import (
+    ACTION_CLEAR,
+    ACTION_COPY,
+    COLD,
+    COUNTERS,
+    FREE,
+    NO_OWNER,
+    SLOTS,
+    SketchState,
+)
+from torchrec_cafe.ops.row_map import Remapped
+
+_WORD = 2**64
+INFLATION_LIMIT = 2.0**60
+
+
+def hash64(x: int) -> int:
+    """MurmurHash3's 64-bit finaliser."""
+    x %= _WORD
+    x ^= x >> 33
+    x = x * 0xFF51AFD7ED558CCD % _WORD
+    x ^= x >> 33
+    x = x * 0xC4CEB9FE1A85EC53 % _WORD
+    return x ^ x >> 33
+
+
+def mix_id(id_: int, n: int) -> int:
+    """A bijection of ``[0, n)``; see ``csrc/hash.h``."""
+    bits = max(0, n - 1).bit_length()
+    if bits < 2:
+        return id_
+    mask, shift = (1 << bits) - 1, (bits + 1) // 2
+    while True:
+        id_ ^= id_ >> shift
+        id_ = (id_ * 0xFF51AFD7ED558CCD + 0x9E3779B97F4A7C15) & mask
+        id_ ^= id_ >> shift
+        id_ = (id_ * 0xC4CEB9FE1A85EC53 + 0xBF58476D1CE4E5B9) & mask
+        id_ ^= id_ >> shift
+        id_ = id_ * 0x94D049BB133111EB & mask
+        id_ ^= id_ >> shift
+        if id_ < n:
+            return id_
+
+
+def mix_ids(
+    ids: Tensor, feature_offsets: Tensor, num_embeddings: Tensor, out_of_range: Tensor
+) -> Tensor:
+    """See :func:`torchrec_cafe.ops.mix_ids`."""
+    mixed = ids.clone()
+    offsets = feature_offsets.tolist()
+    for feature, n in enumerate(num_embeddings.tolist()):
+        for i in range(offsets[feature], offsets[feature + 1]):
+            if n == 0:
+                continue
+            valid = 0 <= int(ids[i]) < n
+            out_of_range[feature] += not valid
+            mixed[i] = mix_id(int(ids[i]) if valid else 0, n)
+    return mixed
+
+
+def bucket_of(key: int, num_buckets: int) -> int:
+    """The bucket of a key."""
+    return hash64(key) * num_buckets // _WORD
+
+
+def find(keys: Tensor, hot_rows: Tensor, shard: int, key: int) -> tuple[int, int] | None:
+    """Bucket and slot that hold a key."""
+    if keys.shape[1] == 0:
+        return None
+    bucket = bucket_of(key, keys.shape[1])
+    for slot in range(SLOTS):
+        held = int(hot_rows[shard, bucket, slot]) != FREE
+        if held and int(keys[shard, bucket, slot]) == key:
+            return bucket, slot
+    return None
+
+
+def remap(
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    *,
+    sketch_keys: Tensor,
+    sketch_hot_rows: Tensor,
+    first_shard: int,
+    num_shards: int,
+    num_hot_rows: int,
+    hot_offset: int,
+) -> Remapped:
+    """See :func:`torchrec_cafe.ops.remap`."""
+    features = tables.shape[0]
+    batch_size = (offsets.numel() - 1) // features
+    out: dict[str, list[int]] = {name: [] for name in Remapped._fields}
+    out["offsets"].append(0)
+    for sample in range(batch_size):
+        for feature in range(features):
+            num_ids, shared_rows, first_id, row_offset, index = tables[feature].tolist()
+            bag = feature * batch_size + sample
+            for i in range(int(offsets[bag]), int(offsets[bag + 1])):
+                mixed_id = first_id + int(ids[i])
+                shared_row = mixed_id * shared_rows // num_ids
+                row, key, shard = row_offset + shared_row, 0, -1
+                if index >= 0:
+                    key = index << 48 | mixed_id
+                    shard = shared_row * num_shards // shared_rows - first_shard
+                    place = find(sketch_keys, sketch_hot_rows, shard, key)
+                    hot_row = COLD if place is None else int(sketch_hot_rows[shard][place])
+                    if hot_row >= 0:
+                        row = hot_offset + shard * num_hot_rows + hot_row
+                for name, value in (("rows", row), ("source", i), ("keys", key), ("shards", shard)):
+                    out[name].append(value)
+                out["bags"].append(sample * features + feature)
+            out["offsets"].append(len(out["rows"]))
+    dtypes = {name: torch.int32 if name == "shards" else torch.int64 for name in out}
+    return Remapped(**{name: torch.tensor(out[name], dtype=dtypes[name]) for name in out})
+
+
+def insert(state: SketchState, shard: int, key: int, score: float) -> str:
+    """Add a score to a key: ``hit``, ``inserted``, ``replaced`` or ``skipped``."""
+    bucket = bucket_of(key, state.keys.shape[1])
+    keys, scores = state.keys[shard, bucket], state.scores[shard, bucket]
+    hot_rows = state.hot_rows[shard, bucket]
+    place = find(state.keys, state.hot_rows, shard, key)
+    if place is not None:
+        scores[place[1]] += torch.tensor(score, dtype=torch.float32)
+        return "hit"
+    free = (hot_rows == FREE).nonzero().flatten()
+    if free.numel():
+        keys[free[0]], scores[free[0]], hot_rows[free[0]] = key, score, COLD
+        return "inserted"
+    cold = (hot_rows == COLD).nonzero().flatten()
+    if not cold.numel():
+        return "skipped"
+    victim = min(cold.tolist(), key=lambda slot: (float(scores[slot]), slot))
+    keys[victim] = key
+    scores[victim] += torch.tensor(score, dtype=torch.float32)
+    return "replaced"
+
+
+def observe(
+    state: SketchState,
+    keys: Tensor,
+    shards: Tensor,
+    importance: Tensor,
+    *,
+    growth: float = 1.0,
+    norm_decay: float = 1.0,
+) -> None:
+    """See :func:`torchrec_cafe.ops.observe`."""
+    state.inflation.mul_(growth)
+    over = state.inflation > INFLATION_LIMIT
+    state.inflation[over] /= INFLATION_LIMIT
+    state.scores[over] /= INFLATION_LIMIT
+    state.norms.mul_(norm_decay)
+    normalised = state.norms.shape[1] > 0
+    seen = [
+        (int(shard), int(key), float(x))
+        for shard, key, x in zip(shards, keys, importance, strict=True)
+        if shard >= 0
+    ]
+    for shard, key, x in seen:
+        if normalised and math.isfinite(x) and x >= 0:
+            state.norms[shard, key >> 48, 0] += x
+            state.norms[shard, key >> 48, 1] += 1
+    for shard, key, x in seen:
+        if not (math.isfinite(x) and x >= 0):
+            state.counters[shard, COUNTERS.index("non_finite")] += 1
+            continue
+        score = x * float(state.inflation[shard])
+        if normalised:
+            total, count = state.norms[shard, key >> 48].tolist()
+            score = score * count / total if total > 0 else 0.0
+        outcome = insert(state, shard, key, score)
+        if outcome in COUNTERS:
+            state.counters[shard, COUNTERS.index(outcome)] += 1
+    state.steps.add_(1)
+
+
+def rebalance(
+    state: SketchState, selected: Tensor, *, min_score: float = 0.0, hysteresis: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """See :func:`torchrec_cafe.ops.rebalance`."""
+    num_hot_rows = state.owners.shape[1]
+    actions = torch.zeros((selected.numel(), num_hot_rows), dtype=torch.int8)
+    new_keys = torch.zeros((selected.numel(), num_hot_rows), dtype=torch.int64)
+    for i, shard in enumerate(selected.tolist()):
+        keys, scores = state.keys[shard].flatten(), state.scores[shard].flatten()
+        hot_rows, owners = state.hot_rows[shard].view(-1), state.owners[shard]
+        floor = torch.tensor(min_score * float(state.inflation[shard]), dtype=torch.float32)
+        held = scores[hot_rows != FREE]
+        threshold = floor
+        if held.numel() > num_hot_rows:
+            threshold = torch.maximum(floor, held.sort(descending=True).values[num_hot_rows - 1])
+        keep = threshold * (1 - torch.tensor(hysteresis, dtype=torch.float32))
+        for row, slot in enumerate(owners.tolist()):
+            if slot != NO_OWNER and scores[slot] < keep:
+                hot_rows[slot], owners[row], actions[i, row] = COLD, NO_OWNER, ACTION_CLEAR
+                state.counters[shard, COUNTERS.index("demoted")] += 1
+        free = (owners == NO_OWNER).nonzero().flatten().tolist()
+        eligible = ((hot_rows == COLD) & (scores >= threshold)).nonzero().flatten().tolist()
+        best = sorted(eligible, key=lambda slot: (-float(scores[slot]), slot))[: len(free)]
+        for row, slot in zip(free, sorted(best), strict=False):
+            hot_rows[slot], owners[row] = row, slot
+            actions[i, row], new_keys[i, row] = ACTION_COPY, keys[slot]
+            state.counters[shard, COUNTERS.index("promoted")] += 1
+    return actions, new_keys
