@@ -33,7 +33,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 .NOTPARALLEL:
 
 train: $(BUILT)
-	@torchx run -s local_cwd torchx_components/dlrm.py:train $(TRAIN_ARGS)
+	@torchx run -s local_cwd torchx_components/dlrm.py:train $(if $(TRAIN_ARGS),-- $(TRAIN_ARGS))
 
 # pytest comes last, so that its summary is the last line.
 test: lint cpp-test cuda-compile pytest

@@ -20,6 +20,7 @@ from torchrec_cafe.distributed import (  # noqa: E402
     EmbeddingBagCollectionSharder,
     EmbeddingShardingPlanner,
     ParameterConstraints,
+    pool_statistics,
     resident_bytes,
 )
 
@@ -32,5 +33,6 @@ __all__ = [
     "Hash",
     "MemoryBreakdown",
     "ParameterConstraints",
+    "pool_statistics",
     "resident_bytes",
 ]

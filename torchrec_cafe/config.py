@@ -157,16 +157,26 @@ def _too_small(tables: Sequence[TableShape], compression: float, needed: int) ->
     )
 
 
-def _split_rows(tables: Sequence[TableShape], rows: int) -> dict[str, int]:
-    """Divide ``rows`` in proportion to the tables' sizes, at least one and at most all each."""
-    total = sum(table.num_embeddings for table in tables)
-    shared = {
-        t.name: min(t.num_embeddings, max(1, rows * t.num_embeddings // total)) for t in tables
-    }
-    # Tables that were rounded up to one row are paid for by the largest.
-    largest = max(shared, key=lambda name: shared[name])
-    shared[largest] -= max(0, sum(shared.values()) - rows)
-    return shared
+def _split_rows(
+    tables: Sequence[TableShape], rows: int, exponent: float = 1.0
+) -> dict[str, int]:
+    """Divide ``rows`` in proportion to ``num_embeddings ** exponent``.
+
+    Every table gets at least one row and at most one per id; what a table cannot use goes to the
+    others.
+    """
+    shared: dict[str, int] = {}
+    weights = {t.name: float(t.num_embeddings) ** exponent for t in tables}
+    left, total = rows, sum(weights.values())
+    # Tables that reach a limit first, so that the rest can share what remains.
+    for table in sorted(tables, key=lambda t: (t.num_embeddings / weights[t.name], t.name)):
+        weight = weights[table.name]
+        others = len(tables) - len(shared) - 1
+        part = min(math.floor(left * weight / total), left - others)
+        shared[table.name] = min(table.num_embeddings, max(1, part))
+        left -= shared[table.name]
+        total -= weight
+    return {table.name: shared[table.name] for table in tables}
 
 
 def item_bytes(dtype: object) -> int:
@@ -350,7 +360,8 @@ class Cafe:
                 raise _too_small(
                     tables, self.compression, math.ceil(needed + len(whole) * row_bytes)
                 )
-            shared |= _split_rows(rest, left // row_bytes)
+            import os
+            shared |= _split_rows(rest, left // row_bytes, float(os.environ.get('CAFE_BETA','1')))
         pool = self.num_shards if rest else 0
         memory = MemoryBreakdown(
             shared_bytes=sum(shared.values()) * row_bytes,

@@ -3,6 +3,7 @@
 from torchrec_cafe.distributed.embedding_bag import (
     EmbeddingBagCollectionSharder,
     ShardedCompressedEmbeddingBagCollection,
+    pool_statistics,
     resident_bytes,
 )
 from torchrec_cafe.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
@@ -20,5 +21,6 @@ __all__ = [
     "EmbeddingShardingPlanner",
     "ParameterConstraints",
     "ShardedCompressedEmbeddingBagCollection",
+    "pool_statistics",
     "resident_bytes",
 ]

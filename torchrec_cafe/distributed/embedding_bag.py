@@ -58,11 +58,9 @@ def _pool_sharding(
     placements = [shard.placement for shard in like.sharding_spec.shards]  # pyright: ignore
     shards = group.shard_bounds(len(placements))
     rows = [shard * group.hot_rows_per_shard for shard in shards]
-    return ParameterSharding(
-        sharding_type=like.sharding_type,
-        compute_kernel=EmbeddingComputeKernel.FUSED.value,
-        ranks=like.ranks,
-        sharding_spec=EnumerableShardingSpec(
+    return _as_fused(
+        like,
+        EnumerableShardingSpec(
             [
                 ShardMetadata(
                     shard_offsets=[begin, 0], shard_sizes=[end - begin, dim], placement=placement
@@ -71,6 +69,13 @@ def _pool_sharding(
             ]
         ),
     )
+
+
+def _as_fused(like: CompressedParameterSharding, spec: Any) -> ParameterSharding:
+    """The entry of a physical table in TorchRec's own terms: a fused table of its size."""
+    values = {name: getattr(like, name) for name in ParameterSharding.__dataclass_fields__}
+    values |= {"compute_kernel": EmbeddingComputeKernel.FUSED.value, "sharding_spec": spec}
+    return ParameterSharding(**values)
 
 
 class PhysicalEmbeddingBagCollection(EmbeddingBagCollection):
@@ -103,9 +108,7 @@ class PhysicalEmbeddingBagCollection(EmbeddingBagCollection):
                 physical.weight_init_min = config.get_weight_init_min()
                 physical.weight_init_max = config.get_weight_init_max()
                 physical.num_embeddings = group.table(config.name).shared_rows
-                fused = {f: getattr(sharding, f) for f in ParameterSharding.__dataclass_fields__}
-                fused["compute_kernel"] = EmbeddingComputeKernel.FUSED.value
-                self_plan[config.name] = ParameterSharding(**fused)
+                self_plan[config.name] = _as_fused(sharding, sharding.sharding_spec)
                 if group.has_pool and group.name not in pools:
                     pools[group.name] = _pool_config(group, config)
                     self_plan[group.name] = _pool_sharding(group, sharding, config.embedding_dim)
@@ -329,3 +332,22 @@ def resident_bytes(module: nn.Module) -> int:
             if isinstance(kernel, CompressedEmbeddingBag) and kernel.bags.pool is not None:
                 total += kernel.bags.pool.sketch.num_bytes
     return total
+
+
+def pool_statistics(module: nn.Module) -> dict[str, dict[str, float]]:
+    """What the sketches of a sharded model have done so far, on this rank.
+
+    Args:
+        module: a model, sharded by ``DistributedModelParallel``.
+
+    Returns:
+        By name of the pool, the statistics of
+        :meth:`torchrec_cafe.tables.HotRowPool.statistics`.
+    """
+    return {
+        kernel.group.name: kernel.bags.pool.statistics()
+        for child in module.modules()
+        if isinstance(child, ShardedCompressedEmbeddingBagCollection)
+        for kernel in child.compressed_kernels()
+        if kernel.bags.pool is not None
+    }

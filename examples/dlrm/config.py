@@ -1,0 +1,111 @@
+"""Options of the DLRM example: one dataclass, one flag per field."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+KINDS = ("full", "hash", "cafe")
+ARCHITECTURES = ("dlrm", "dcn")
+OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
+
+_EPILOG = """on a laptop:  torchx run -s local_cwd torchx_components/dlrm.py:train
+everything:   torchx run -s local_cwd torchx_components/dlrm.py:train --full
+own data:     torchx run -s local_cwd torchx_components/dlrm.py:train --data path/to/train.txt"""
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Options of a run; see ``--help`` for what each means."""
+
+    data: str = _option("promotions", "promotions, or a path to Criteo's Kaggle or Terabyte tsv")
+    cache_dir: str = _option(".cache", "where prepared data sets are kept")
+    sample: int = _option(2_000_000, "about how many samples to use, train and test together")
+    full: bool = _option(False, "use every sample")
+    kinds: tuple[str, ...] = _option(KINDS, f"tables to train in turn, of {', '.join(KINDS)}")
+    compression: tuple[float, ...] = _option((100.0,), "dense bytes / bytes of hash and cafe")
+    arch: str = _option("dlrm", f"TorchRec model: {' or '.join(ARCHITECTURES)} (DLRM_DCN)")
+    embedding_dim: int = _option(16, "columns of every table, a multiple of 4")
+    batch_size: int = _option(4096, "samples per rank and step")
+    optimizer: str = _option("rowwise_adagrad", f"of the tables: {', '.join(OPTIMIZERS)}")
+    learning_rate: float = _option(0.05, "of the tables")
+    dense_learning_rate: float = _option(0.001, "of the dense layers (Adam)")
+    seed: tuple[int, ...] = _option((0,), "one training for each; the report gives their mean")
+    max_steps: int = _option(0, "stop each training after so many steps; 0: one epoch")
+    num_embeddings: int = _option(0, "most ids of a feature of Criteo's; 0: the data set's default")
+    checkpoint_dir: str = _option("", "where to save each trained model (DCP); empty: nowhere")
+    out: str = _option("runs/latest", "folder of the report, the plot and TensorBoard's scalars")
+
+    def __post_init__(self) -> None:
+        """Check what argparse cannot.
+
+        Raises:
+            ValueError: naming the option, what it must be and what it was.
+        """
+        self._check_choice("kinds", self.kinds, KINDS)
+        self._check_choice("optimizer", (self.optimizer,), OPTIMIZERS)
+        self._check_choice("arch", (self.arch,), ARCHITECTURES)
+        for name in ("sample", "batch_size", "embedding_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.embedding_dim % 4:
+            raise ValueError(
+                f"--embedding_dim must be a multiple of 4 (FBGEMM's row alignment), got "
+                f"{self.embedding_dim}; use {4 * max(1, round(self.embedding_dim / 4))}"
+            )
+        if not self.seed or not self.compression:
+            raise ValueError("--seed and --compression need at least one value")
+
+    @staticmethod
+    def _check_choice(name: str, values: tuple[str, ...], choices: tuple[str, ...]) -> None:
+        unknown = [value for value in values if value not in choices]
+        if unknown or not values:
+            raise ValueError(f"--{name} must be of {', '.join(choices)}, got {', '.join(values)}")
+
+
+def _parser_of(annotation: str) -> Any:
+    item = {"str": str, "int": int, "float": float}
+    if annotation.startswith("tuple["):
+        convert = item[annotation.removeprefix("tuple[").split(",")[0]]
+        return lambda text: tuple(convert(part) for part in text.split(",") if part)
+    return item[annotation]
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """Read the options.
+
+    Args:
+        arguments: command line without the program; ``None`` reads the process's own.
+
+    Raises:
+        ValueError: if an option is out of range.
+    """
+    parser = argparse.ArgumentParser(
+        prog="examples.dlrm.train",
+        description="Train a TorchRec DLRM with full, hashed and CAFE tables, and compare.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for option in dataclasses.fields(TrainConfig):
+        text = option.metadata["help"]
+        if option.type == "bool":
+            parser.add_argument(f"--{option.name}", action="store_true", help=text)
+            continue
+        shown = option.default
+        if isinstance(shown, tuple):
+            shown = ",".join(f"{part:g}" if isinstance(part, float) else str(part) for part in shown)
+        parser.add_argument(
+            f"--{option.name}",
+            type=_parser_of(str(option.type)),
+            default=option.default,
+            metavar=option.name.upper(),
+            help=f"{text} (default: {shown or 'none'})",
+        )
+    return TrainConfig(**vars(parser.parse_args(arguments)))

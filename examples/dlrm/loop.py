@@ -1,0 +1,195 @@
+"""One training and its evaluation."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torchmetrics.functional.classification import binary_auroc
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+from tqdm import tqdm
+
+import torchrec_cafe as tc
+from examples.dlrm.config import TrainConfig
+from examples.dlrm.data import BatchLoader, ClickLog
+from examples.dlrm.model import shard
+
+#: steps before the clock starts: first calls allocate and warm up
+WARM_UP_STEPS = 10
+_SCALARS_EVERY = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one training came to.
+
+    Attributes:
+        kind: ``full``, ``hash`` or ``cafe``.
+        compression: dense bytes / resident bytes that was asked; 1 for full tables.
+        seed: of the weights.
+        auc: area under the ROC curve of the test set, exact.
+        log_loss: mean cross entropy of the test set, in nats.
+        embedding_bytes: weights, sketches and maps as allocated, over all ranks.
+        samples_per_second: of training, over all ranks, after a warm-up.
+    """
+
+    kind: str
+    compression: float
+    seed: int
+    auc: float
+    log_loss: float
+    embedding_bytes: int
+    samples_per_second: float
+
+
+def run(
+    config: TrainConfig, log: ClickLog, kind: str, compression: float, seed: int
+) -> Result:
+    """Train on the train split in order, then evaluate on the test split.
+
+    Args:
+        config: options of the run.
+        log: the data set.
+        kind: ``full``, ``hash`` or ``cafe``.
+        compression: of hash and cafe.
+        seed: of the weights.
+    """
+    device = _device()
+    torch.manual_seed(seed)
+    model, optimizer = shard(config, log, kind, compression, device)
+    label = kind if kind == "full" else f"{kind} {compression:g}x"
+    label += f" seed {seed}" if len(config.seed) > 1 else ""
+    speed = _train(config, log, model, optimizer, device, label)
+    auc, log_loss = _evaluate(config, log, model, device, label)
+    resident = torch.tensor([tc.resident_bytes(model)], dtype=torch.int64)
+    dist.all_reduce(resident)
+    if config.checkpoint_dir:
+        folder = Path(config.checkpoint_dir) / label.replace(" ", "_")
+        dcp.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+            checkpoint_id=folder,
+        )
+    return Result(
+        kind=kind,
+        compression=1.0 if kind == "full" else compression,
+        seed=seed,
+        auc=auc,
+        log_loss=log_loss,
+        embedding_bytes=int(resident),
+        samples_per_second=speed,
+    )
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _loader(config: TrainConfig, log: ClickLog, *, train: bool) -> BatchLoader:
+    return BatchLoader(
+        log.train if train else log.test,
+        log.features,
+        batch_size=config.batch_size if train else 4 * config.batch_size,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        drop_last=train,
+    )
+
+
+def _bar(label: str, total: int) -> tqdm:
+    """A progress bar on rank 0; a line now and then where the output is no terminal."""
+    return tqdm(
+        desc=label,
+        total=total,
+        unit=" samples",
+        unit_scale=True,
+        mininterval=1.0,
+        disable=dist.get_rank() != 0,
+    )
+
+
+def _train(
+    config: TrainConfig,
+    log: ClickLog,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    device: torch.device,
+    label: str,
+) -> float:
+    """Samples per second, over all ranks."""
+    loader = _loader(config, log, train=True)
+    steps = min(len(loader), config.max_steps or len(loader))
+    if steps == 0:
+        raise ValueError(
+            f"--batch_size {config.batch_size} on {dist.get_world_size()} ranks is more than the "
+            f"{len(log.train.labels)} training samples; use a smaller one"
+        )
+    pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    batches = iter(loader)
+    per_step = config.batch_size * dist.get_world_size()
+    writer = None
+    if dist.get_rank() == 0:
+        writer = SummaryWriter(Path(config.out) / "tensorboard" / label.replace(" ", "_"))
+    warm_up = min(WARM_UP_STEPS, steps - 1)
+    start = time.perf_counter()
+    model.train()
+    with _bar(f"train {label}", steps * per_step) as bar:
+        for step in range(steps):
+            if step == warm_up:
+                start = time.perf_counter()
+            loss, *_ = pipeline.progress(batches)
+            bar.update(per_step)
+            if step % _SCALARS_EVERY == 0:
+                bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+                if writer is not None:
+                    _write(writer, model, float(loss), (step + 1) * per_step)
+    elapsed = time.perf_counter() - start
+    pipeline.detach()
+    if writer is not None:
+        writer.close()
+    return (steps - warm_up) * per_step / elapsed
+
+
+def _write(writer: SummaryWriter, model: nn.Module, loss: float, samples: int) -> None:
+    writer.add_scalar("train/loss", loss, samples)
+    for name, statistics in tc.pool_statistics(model).items():
+        for statistic, value in statistics.items():
+            writer.add_scalar(f"{name}/{statistic}", value, samples)
+
+
+@torch.no_grad()
+def _evaluate(
+    config: TrainConfig,
+    log: ClickLog,
+    model: DistributedModelParallel,
+    device: torch.device,
+    label: str,
+) -> tuple[float, float]:
+    """AUC and log-loss of the test set, the same on every rank."""
+    loader = _loader(config, log, train=False)
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    model.eval()
+    with _bar(f"test  {label}", len(log.test.labels)) as bar:
+        for batch in loader:
+            _, (_, logit, label_) = model(batch.to(device))
+            logits.append(logit.view(-1).cpu())
+            labels.append(label_.view(-1).cpu())
+            bar.update(len(batch.labels) * dist.get_world_size())
+    parts: list[tuple[Tensor, Tensor] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (torch.cat(logits), torch.cat(labels)))
+    whole = [part for part in parts if part is not None]
+    logit = torch.cat([part[0] for part in whole]).double()
+    target = torch.cat([part[1] for part in whole])
+    auc = binary_auroc(logit.sigmoid(), target.int(), thresholds=None)
+    log_loss = nn.functional.binary_cross_entropy_with_logits(logit, target.double())
+    return float(auc), float(log_loss)

@@ -1,0 +1,113 @@
+"""The model of the example: TorchRec's own DLRM, its tables planned by kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.stats import NoopEmbeddingStats
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRMTrain
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+
+import torchrec_cafe as tc
+from examples.dlrm.config import TrainConfig
+from examples.dlrm.data import ClickLog
+
+_OPTIMIZERS = {
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+}
+
+
+def constraints(log: ClickLog, kind: str, compression: float) -> dict[str, Any]:
+    """How each table is kept: the whole difference between the kinds.
+
+    Args:
+        log: the data set.
+        kind: ``full``, ``hash`` or ``cafe``.
+        compression: of hash and cafe.
+    """
+    if kind == "full":
+        # Table-wise keeps every table's optimizer fused, as the compressed ones' is.
+        stock = tc.ParameterConstraints(sharding_types=["table_wise"])
+        return {f"t_{feature.name}": stock for feature in log.features}
+    table = {"hash": tc.Hash, "cafe": tc.Cafe}[kind](compression=compression)
+    return {f"t_{feature.name}": tc.ParameterConstraints(table=table) for feature in log.features}
+
+
+def build_dlrm(config: TrainConfig, log: ClickLog) -> DLRMTrain:
+    """TorchRec's DLRM, its tables on the meta device.
+
+    Args:
+        config: options of the run.
+        log: the data set.
+    """
+    tables = [
+        EmbeddingBagConfig(
+            name=f"t_{feature.name}",
+            feature_names=[feature.name],
+            num_embeddings=feature.num_embeddings,
+            embedding_dim=config.embedding_dim,
+        )
+        for feature in log.features
+    ]
+    arguments: dict[str, Any] = {
+        "embedding_bag_collection": EmbeddingBagCollection(
+            tables=tables, device=torch.device("meta")
+        ),
+        "dense_in_features": log.num_dense,
+        "dense_arch_layer_sizes": [64, config.embedding_dim],
+        "over_arch_layer_sizes": [256, 128, 1],
+    }
+    if config.arch == "dcn":
+        return DLRMTrain(DLRM_DCN(**arguments, dcn_num_layers=2, dcn_low_rank_dim=32))
+    return DLRMTrain(DLRM(**arguments))
+
+
+def shard(
+    config: TrainConfig, log: ClickLog, kind: str, compression: float, device: torch.device
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """Plan, shard, and give the dense layers their optimizer.
+
+    Args:
+        config: options of the run.
+        log: the data set.
+        kind: ``full``, ``hash`` or ``cafe``.
+        compression: of hash and cafe.
+        device: CPU or this rank's GPU.
+    """
+    model: nn.Module = build_dlrm(config, log)
+    planner = tc.EmbeddingShardingPlanner(
+        topology=Topology(
+            world_size=dist.get_world_size(), compute_device=device.type, ddr_cap=64 * 2**30
+        ),
+        constraints=constraints(log, kind, compression),
+        batch_size=config.batch_size,
+        storage_reservation=FixedPercentageStorageReservation(0.1),
+        stats=NoopEmbeddingStats(),
+        debug=False,
+    )
+    sharders: list[Any] = [
+        tc.EmbeddingBagCollectionSharder(
+            fused_params={
+                "optimizer": _OPTIMIZERS[config.optimizer],
+                "learning_rate": config.learning_rate,
+            }
+        )
+    ]
+    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+    sharded = DistributedModelParallel(model, plan=plan, sharders=sharders, device=device)
+    dense = KeyedOptimizerWrapper(
+        {name: p for name, p in sharded.named_parameters() if "embedding_bags" not in name},
+        lambda parameters: torch.optim.Adam(parameters, lr=config.dense_learning_rate),
+    )
+    return sharded, CombinedOptimizer([sharded.fused_optimizer, dense])

@@ -1,0 +1,117 @@
+"""Trains a TorchRec DLRM with full, hashed and CAFE tables on the same data, and compares them.
+
+``torchx run -s local_cwd torchx_components/dlrm.py:train`` starts it on two ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from examples.dlrm import report
+from examples.dlrm.config import TrainConfig, parse_args
+from examples.dlrm.data import ClickLog, load_click_log
+from examples.dlrm.loop import Result, run
+
+_ERROR_STATUS = 2
+
+
+def _load(config: TrainConfig) -> ClickLog:
+    return load_click_log(
+        config.data,
+        cache_dir=Path(config.cache_dir),
+        sample=None if config.full else config.sample,
+        num_embeddings_per_feature=config.num_embeddings or None,
+        progress=_rank() == 0,
+    )
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _start() -> None:
+    """Join the process group, with this rank's share of the cores."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+
+
+def _quieten() -> None:
+    """Keep other packages' notices from burying the progress bars."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def train(config: TrainConfig) -> list[Result]:
+    """Train every kind, compression and seed in turn, and write the report.
+
+    Args:
+        config: options of the run.
+
+    Raises:
+        ValueError: for options or data that cannot be used.
+        OSError: if a file cannot be read or written.
+    """
+    log = _load(config)
+    _start()
+    if dist.get_rank() == 0:
+        print(json.dumps(dataclasses.asdict(config)))
+        print(
+            f"{log.description}\n{len(log.train.labels):,} training and "
+            f"{len(log.test.labels):,} test samples on {dist.get_world_size()} ranks",
+            flush=True,
+        )
+    results = []
+    for seed in config.seed:
+        for kind in config.kinds:
+            for compression in config.compression if kind != "full" else (1.0,):
+                results.append(run(config, log, kind, compression, seed))
+    if dist.get_rank() == 0:
+        print(f"\n{report.save(config, log, results)}\n\nreport: {config.out}/report.md")
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; errors are one line on standard error and exit status 2.
+
+    Args:
+        arguments: command line without the program; ``None`` reads the process's own.
+    """
+    _quieten()
+    try:
+        train(parse_args(arguments))
+    except (ValueError, OSError) as error:
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return _ERROR_STATUS
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if dist.is_initialized():
+        dist.barrier()
+        # gloo's teardown may abort after all is done, and turn success into failure.
+        os._exit(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

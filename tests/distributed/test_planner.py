@@ -1,0 +1,183 @@
+"""The plan says what was asked, refuses what cannot be, and leaves the caller's objects alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder as TorchRecSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner as TorchRecPlanner
+from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.types import ParameterConstraints as TorchRecConstraints
+
+import torchrec_cafe as tc
+from tests.distributed import models
+from tests.distributed.ranks import run_ranks
+from torchrec_cafe.distributed import CompressedParameterSharding
+
+WORLD_SIZES = [1, 2, 3, 8]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_plan_has_the_kinds_rows_and_bytes_that_were_asked(world_size):
+    table_constraints = models.constraints()
+    before = copy.deepcopy(table_constraints)
+    plan = models.planner(table_constraints, world_size).plan(
+        models.collection(), [models.sharder()]
+    )
+    assert table_constraints == before
+    tables = plan.plan[""]
+    assert tables.keys() == models.SIZES.keys()
+    for name, kind in {"t_big": models.CAFE, "t_small": models.CAFE, "t_hash": models.HASH}.items():
+        entry = tables[name]
+        assert isinstance(entry, CompressedParameterSharding)
+        assert entry.kind == kind
+        assert entry.compute_kernel == "customized_kernel"
+        assert entry.sharding_type == "row_wise"
+        shards = entry.sharding_spec.shards
+        assert len(shards) == world_size
+        rows = entry.group.table(name).shared_rows
+        assert sum(shard.shard_sizes[0] for shard in shards) == rows
+        offsets = [shard.shard_offsets[0] for shard in shards]
+        assert offsets == entry.group.row_bounds(entry.group.table(name), world_size)[:-1]
+    assert tables["t_big"].group is tables["t_small"].group
+    assert tables["t_small"].group.table("t_small").shared_rows == 12  # kept whole
+    assert tables["t_hash"].group.table("t_hash").shared_rows == 100
+    assert not isinstance(tables["t_fused"], CompressedParameterSharding)
+    assert tables["t_fused"].compute_kernel == "fused"
+    assert pickle.loads(pickle.dumps(plan)).plan[""]["t_big"] == tables["t_big"]
+
+
+def test_tables_without_a_kind_are_planned_by_torchrec():
+    topology = Topology(world_size=2, compute_device="cpu")
+    module = models.collection()
+    stock = TorchRecPlanner(topology=topology, debug=False).plan(module, [TorchRecSharder()])
+    ours = tc.EmbeddingShardingPlanner(topology=topology, debug=False).plan(
+        module, [tc.EmbeddingBagCollectionSharder()]
+    )
+    assert str(ours) == str(stock)
+    mixed = models.planner(
+        {"t_hash": tc.ParameterConstraints(table=models.HASH), "t_big": TorchRecConstraints()}, 2
+    ).plan(module, [tc.EmbeddingBagCollectionSharder()])
+    offered = TorchRecSharder().sharding_types("cpu")
+    for name in ("t_big", "t_small", "t_fused"):
+        assert type(mixed.plan[""][name]) is type(stock.plan[""][name])
+        assert mixed.plan[""][name].sharding_type in offered
+
+
+def test_the_planner_counts_compressed_bytes():
+    """A model that does not fit dense fits compressed."""
+    module = models.collection({"t_big": 2_000_000})
+    topology = Topology(world_size=1, compute_device="cpu", ddr_cap=40 * 2**20)
+    dense = tc.EmbeddingShardingPlanner(topology=topology, debug=False)
+    with pytest.raises(Exception, match="(?i)unable to find a plan|storage|reservation"):
+        dense.plan(module, [models.sharder()])
+    plan = tc.EmbeddingShardingPlanner(
+        topology=topology,
+        constraints={"t_big": tc.ParameterConstraints(table=tc.Cafe(compression=100))},
+        debug=False,
+    ).plan(module, [models.sharder()])
+    assert isinstance(plan.plan[""]["t_big"], CompressedParameterSharding)
+
+
+@pytest.mark.parametrize(
+    ("table_constraints", "world_size", "message"),
+    [
+        (
+            {
+                "t_big": tc.ParameterConstraints(
+                    table=models.CAFE, sharding_types=["column_wise"]
+                )
+            },
+            2,
+            "table 't_big': a compressed table can be sharded row_wise",
+        ),
+        (
+            {"t_big": tc.ParameterConstraints(table=models.CAFE, compute_kernels=["fused_uvm"])},
+            2,
+            "table 't_big': the compute kernel of a compressed table is its own",
+        ),
+        (
+            {"t_other": tc.ParameterConstraints(table=models.CAFE)},
+            2,
+            r"compress tables \['t_other'\], which no EmbeddingBagCollection of the model has",
+        ),
+        (
+            {"t_small": tc.ParameterConstraints(table=models.CAFE)},
+            2,
+            "leaves no row for table 't_small'.*leave the table uncompressed",
+        ),
+        (
+            {"t_big": tc.ParameterConstraints(table=models.CAFE)},
+            9,
+            r"num_shards=8 for 9 ranks; set Cafe\(num_shards=9\) or more",
+        ),
+    ],
+)
+def test_impossible_constraints_are_refused(table_constraints, world_size, message):
+    with pytest.raises(ValueError, match=message):
+        models.planner(table_constraints, world_size).plan(
+            models.collection(), [models.sharder()]
+        )
+
+
+def test_dims_that_fbgemm_cannot_hold_are_refused():
+    module = models.collection()
+    module.embedding_bag_configs()[0].embedding_dim = 6
+    with pytest.raises(ValueError, match="table 't_big': embedding_dim must be a positive multiple"):
+        models.planner(models.constraints(), 2).plan(module, [models.sharder()])
+
+
+def test_a_sharder_that_cannot_compress_is_refused():
+    planner = models.planner(models.constraints(), 2)
+    with pytest.raises(ValueError, match="must hold a torchrec_cafe.EmbeddingBagCollectionShard"):
+        planner.plan(models.collection(), [TorchRecSharder()])  # pyright: ignore
+
+
+def _stock_sharder_refuses() -> str:
+    module = models.collection()
+    plan = models.planner(models.constraints()).plan(module, [models.sharder()])
+    env = __import__("torchrec.distributed.types", fromlist=["ShardingEnv"]).ShardingEnv
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is returned
+        TorchRecSharder().shard(
+            module,
+            plan.plan[""],
+            env.from_process_group(dist.group.WORLD),
+            torch.device("cpu"),
+        )
+    return str(error.value)
+
+
+def _group_of_two_optimizers() -> str:
+    from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer
+    from torchrec.optim import RowWiseAdagrad
+
+    module = models.collection()
+    weights = {name: bag.weight for name, bag in module.embedding_bags.items()}
+    apply_optimizer(RowWiseAdagrad, [weights["t_big"]], {"lr": 0.1})
+    apply_optimizer(torch.optim.SGD, [weights["t_small"]], {"lr": 0.1})
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is returned
+        models.sharded(module, models.constraints())
+    return str(error.value)
+
+
+def test_what_cannot_be_sharded_says_so(tmp_path: Path):
+    (refusal,) = run_ranks(1, tmp_path / "stock", _stock_sharder_refuses)
+    assert "Compute kernel not supported" in refusal
+    (mixed,) = run_ranks(1, tmp_path / "optimizers", _group_of_two_optimizers)
+    assert "share the group 'cafe_pool_0', so they must have the same optimizer" in mixed
+
+
+def _collective_plan() -> str:
+    model = models.sharded(models.collection(), models.constraints())
+    return str(model.plan)
+
+
+def test_ranks_agree_on_the_plan(tmp_path: Path):
+    first, second = run_ranks(2, tmp_path, _collective_plan)
+    assert first == second
+    assert "customized_kernel" in first

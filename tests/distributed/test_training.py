@@ -1,0 +1,265 @@
+"""Compressed tables under TorchRec's own plan, pipeline, optimizers and checkpoints, on gloo ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor, nn
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.modules.embedding_configs import PoolingType
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+import torchrec_cafe as tc
+from tests.distributed import models
+from tests.distributed.ranks import run_ranks
+from torchrec_cafe.ops import reference
+
+
+class Regression(nn.Module):
+    """Sum of all embeddings, pulled towards one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ebc = models.collection()
+        self.dense = nn.Linear(32, 1)
+
+    def forward(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        prediction = self.dense(self.ebc(features).values()).squeeze(1)
+        loss = ((prediction - 1) ** 2).mean()
+        return loss, loss.detach()
+
+
+def _train(folder: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = models.sharded(Regression(), models.constraints())
+    dense = KeyedOptimizerWrapper(
+        {n: p for n, p in model.named_parameters() if "dense" in n},
+        lambda parameters: torch.optim.SGD(parameters, lr=0.02),
+    )
+    optimizer = CombinedOptimizer([model.fused_optimizer, dense])
+    pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"))
+    data = models.batches(60, 32)
+    losses = [float(pipeline.progress(data)) for _ in range(60)]
+    pipeline.detach()
+
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    before = models.local_state(model)
+    dcp.save(state, checkpoint_id=folder)
+
+    torch.manual_seed(1)
+    other = models.sharded(Regression(), models.constraints())
+    other_dense = KeyedOptimizerWrapper(
+        {n: p for n, p in other.named_parameters() if "dense" in n},
+        lambda parameters: torch.optim.SGD(parameters, lr=0.02),
+    )
+    other_optimizer = CombinedOptimizer([other.fused_optimizer, other_dense])
+    loaded = {"model": other.state_dict(), "optimizer": other_optimizer.state_dict()}
+    dcp.load(loaded, checkpoint_id=folder)
+    other.load_state_dict(loaded["model"])
+    other_optimizer.load_state_dict(loaded["optimizer"])
+    after = models.local_state(other)
+
+    resumed: dict[str, list[float]] = {}
+    for name, (trained, step) in {
+        "original": (model, optimizer),
+        "loaded": (other, other_optimizer),
+    }.items():
+        resumed[name] = []
+        for batch in models.batches(10, 32, seed=1):
+            step.zero_grad()
+            loss, _ = trained(batch)
+            loss.backward()
+            step.step()
+            resumed[name].append(float(loss))
+    return {
+        "losses": losses,
+        "before": before,
+        "after": after,
+        "resumed": resumed,
+        "continued": (models.local_state(model), models.local_state(other)),
+        "statistics": [pool.statistics() for pool in models.pools(model)],
+        "resident": tc.resident_bytes(model),
+    }
+
+
+def test_mixed_collection_trains_and_round_trips_through_dcp(tmp_path: Path):
+    results = run_ranks(2, tmp_path / "ranks", _train, str(tmp_path / "checkpoint"))
+    for result in results:
+        assert sum(result["losses"][-10:]) < 0.5 * sum(result["losses"][:10])
+        assert result["before"].keys() == result["after"].keys()
+        for name, tensor in result["before"].items():
+            assert torch.equal(tensor, result["after"][name]), name
+        assert result["resumed"]["original"] == result["resumed"]["loaded"]
+        original, loaded = result["continued"]
+        for name, tensor in original.items():
+            assert torch.equal(tensor, loaded[name]), name
+        assert result["statistics"][0]["promoted"] > 0
+        assert result["statistics"][0]["non_finite"] == 0
+    names = results[0]["before"].keys()
+    assert any("cafe_pool_0.sketch_keys" in name for name in names)
+    # Bytes by the tensors are the bytes that the kinds have promised.
+    promised = (
+        models.CAFE.allocate(_shapes("t_big", "t_small")).memory.total_bytes
+        + models.HASH.allocate(_shapes("t_hash")).memory.total_bytes
+        + models.SIZES["t_fused"] * 8 * 4
+    )
+    assert sum(result["resident"] for result in results) == promised
+
+
+def _shapes(*names: str) -> list[Any]:
+    from torchrec_cafe.config import TableShape
+
+    return [
+        TableShape(name=name, num_embeddings=models.SIZES[name], embedding_dim=8) for name in names
+    ]
+
+
+def _learn(optimizer: EmbOptimType) -> dict[str, Tensor]:
+    """Gradients that do not depend on the weights, so that any world sees the same importance."""
+    model = models.sharded(
+        models.collection({"t_big": 5000, "t_small": 12}),
+        {name: tc.ParameterConstraints(table=models.CAFE) for name in ("t_big", "t_small")},
+        optimizer,
+    )
+    models.set_weights(model)
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    batch_size = 48 // world_size
+    sizes = {"t_big": 5000, "t_small": 12}
+    for step, batch in enumerate(models.batches(30, batch_size, sizes)):
+        samples = torch.arange(rank * batch_size, (rank + 1) * batch_size)
+        pull = (1 + (samples * 7 + step) % 5).float()[:, None] / 4
+        # TorchRec divides the gradient of model-parallel tables by the number of ranks.
+        (model(batch).values() * pull * world_size).sum().backward()
+    return models.local_state(model)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_learns_the_same_hot_ids(tmp_path: Path, world_size: int):
+    optimizer = EmbOptimType.EXACT_SGD
+    (alone,) = run_ranks(1, tmp_path / "alone", _learn, optimizer)
+    parts = run_ranks(world_size, tmp_path / "parts", _learn, optimizer)
+    assert (alone["embedding_bags.cafe_pool_0.sketch_owners"] >= 0).any()
+    for name, whole in alone.items():
+        joined = torch.cat([part[name] for part in parts if name in part])
+        if "sketch" in name:
+            assert torch.equal(joined, whole), name
+        else:
+            torch.testing.assert_close(joined, whole, msg=name)
+
+
+def _pooled(weighted: bool) -> tuple[Tensor, Tensor]:
+    """Mean pooling of a table in which every id has its row, sharded and not."""
+    sizes = {"t_one": 50, "t_two": 31}
+    keep_all = {name: tc.ParameterConstraints(table=tc.Hash(compression=1)) for name in sizes}
+    options: dict[str, Any] = {"pooling": PoolingType.MEAN, "is_weighted": weighted}
+    if weighted:
+        options["pooling"] = PoolingType.SUM
+    model = models.sharded(models.collection(sizes, **options), keep_all)
+    models.set_weights(model)
+    plain = models.collection(sizes, device="cpu", **options)
+    with torch.no_grad():
+        for name, size in sizes.items():
+            columns = torch.arange(8)
+            rows = torch.tensor([reference.mix_id(id_, size) for id_ in range(size)])
+            length = len(f"embedding_bags.{name}.weight")
+            pattern = torch.sin(rows[:, None] * 1.7 + columns * 0.3 + length)
+            plain.embedding_bags[name].weight.copy_(pattern)
+    sharded, unsharded = [], []
+    for batch in models.batches(3, 16, sizes, weighted=weighted):
+        sharded.append(model(batch).values())
+        unsharded.append(plain(batch).values())
+    return torch.cat(sharded).detach(), torch.cat(unsharded).detach()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_row_wise_pooling_equals_the_unsharded_module(tmp_path: Path, weighted: bool):
+    for sharded, unsharded in run_ranks(2, tmp_path, _pooled, weighted):
+        torch.testing.assert_close(sharded, unsharded)
+
+
+def _odd_batches() -> dict[str, Any]:
+    model = models.sharded(models.collection(), models.constraints())
+    keys = [name.replace("t_", "f_") for name in models.SIZES]
+    empty = KeyedJaggedTensor(
+        keys=keys,
+        values=torch.empty(0, dtype=torch.int64),
+        lengths=torch.zeros(4 * len(keys), dtype=torch.int64),
+        stride=4,
+    )
+    before = models.local_state(model)
+    pooled = model(empty).values()
+    pooled.sum().backward()
+    after = models.local_state(model)
+    no_samples = KeyedJaggedTensor(
+        keys=keys,
+        values=torch.empty(0, dtype=torch.int64),
+        lengths=torch.empty(0, dtype=torch.int64),
+        stride=0,
+    )
+    none = model(no_samples).values()
+    none.sum().backward()
+
+    model.eval()
+    quiet = models.local_state(model)
+    for batch in models.batches(2, 8):
+        model(batch).values().sum().backward()
+    in_eval = models.local_state(model)
+    return {
+        "shape": tuple(pooled.shape),
+        "zero": bool((pooled == 0).all()),
+        "weights": all(
+            torch.equal(before[name], after[name]) for name in before if "weight" in name
+        ),
+        "no_samples": tuple(none.shape),
+        "eval_learns": any(
+            not torch.equal(quiet[name], in_eval[name]) for name in quiet if "sketch" in name
+        ),
+    }
+
+
+def test_empty_bags_empty_batches_and_eval_mode(tmp_path: Path):
+    for result in run_ranks(2, tmp_path, _odd_batches):
+        assert result == {
+            "shape": (4, 32),
+            "zero": True,
+            "weights": True,
+            "no_samples": (0, 32),
+            "eval_learns": False,
+        }
+
+
+def _narrow_ids() -> tuple[bool, str]:
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+
+    sizes = {"t_big": 5000, "t_small": 12}
+    outputs = []
+    strict = {
+        name: tc.ParameterConstraints(table=models.CAFE, bounds_check_mode=BoundsCheckMode.FATAL)
+        for name in sizes
+    }
+    model = models.sharded(models.collection(sizes), strict)
+    for batch in models.batches(1, 16, sizes):
+        outputs.append(model(batch).values().detach())
+        narrow = KeyedJaggedTensor(
+            keys=batch.keys(), values=batch.values().int(), lengths=batch.lengths().int()
+        )
+        outputs.append(model(narrow).values().detach())
+        bad = KeyedJaggedTensor(
+            keys=batch.keys(), values=batch.values() + 4999, lengths=batch.lengths()
+        )
+        with pytest.raises(ValueError) as error:  # noqa: PT011  the message is returned
+            model(bad)
+    return torch.equal(outputs[0], outputs[1]), str(error.value)
+
+
+def test_int32_ids_and_ids_out_of_range(tmp_path: Path):
+    for same, message in run_ranks(1, tmp_path, _narrow_ids):
+        assert same
+        assert message.startswith("table 't_big': ids must be in [0, num_embeddings), got ")

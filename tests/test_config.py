@@ -1,0 +1,123 @@
+"""The kinds: what they cost, and what they refuse."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchrec.modules.embedding_configs import DataType
+
+import torchrec_cafe as tc
+from torchrec_cafe.config import TableShape
+from torchrec_cafe.ops import SketchState
+
+
+def shapes(*sizes: int, dim: int = 16) -> list[TableShape]:
+    return [
+        TableShape(name=f"t{i}", num_embeddings=size, embedding_dim=dim)
+        for i, size in enumerate(sizes)
+    ]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 3_000_000), min_size=1, max_size=20),
+    compression=st.floats(1, 20_000),
+    dim=st.sampled_from([4, 16, 64, 128]),
+    kind=st.sampled_from([tc.Cafe, tc.Hash]),
+)
+@settings(max_examples=300, deadline=None)
+def test_promise_is_kept_or_refused(sizes, compression, dim, kind):
+    tables = shapes(*sizes, dim=dim)
+    try:
+        allocation = kind(compression=compression).allocate(tables)
+    except ValueError as error:
+        assert "leaves no row" in str(error)  # noqa: PT017  a refusal is a valid outcome
+        return
+    dense = sum(table.dense_bytes for table in tables)
+    assert allocation.memory.dense_bytes == dense
+    assert allocation.memory.total_bytes <= dense / compression
+    for table in tables:
+        assert 1 <= allocation.shared_rows[table.name] <= table.num_embeddings
+
+
+def test_breakdown_counts_what_is_allocated():
+    tables = shapes(100_000, 5_000, 7)
+    allocation = tc.Cafe(compression=20).allocate(tables)
+    memory = allocation.memory
+    state = SketchState.empty(
+        shards=allocation.num_shards,
+        buckets=allocation.buckets_per_shard,
+        hot_rows=allocation.hot_rows_per_shard,
+        tables=len(allocation.tracked),
+    )
+    assert state.num_bytes == memory.sketch_bytes + memory.map_bytes
+    assert memory.hot_bytes == allocation.num_shards * allocation.hot_rows_per_shard * 64
+    assert memory.shared_bytes == sum(allocation.shared_rows.values()) * 64
+    # Little of the budget is left unused.
+    assert memory.compression < 20.1
+
+
+def test_small_tables_stay_whole_within_the_budget():
+    allocation = tc.Cafe(compression=100).allocate(shapes(3_000_000, 200_000, 300, 12))
+    assert allocation.shared_rows["t2"] == 300
+    assert allocation.shared_rows["t3"] == 12
+    assert allocation.tracked == ("t0", "t1")
+    everything = tc.Cafe(compression=100, whole_fraction=0.0).allocate(shapes(3_000_000, 300))
+    assert everything.tracked == ("t0", "t1")
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, DataType.FP16])
+def test_memory_of_one_table(dtype):
+    memory = tc.Cafe(compression=100).memory(1_000_000, 32, dtype)
+    assert memory.dense_bytes == 1_000_000 * 64
+    assert memory.total_bytes <= 640_000
+    assert tc.Hash(compression=100).memory(1_000_000, 32, dtype).shared_bytes == 640_000
+
+
+def test_kinds_are_values():
+    assert tc.Cafe(compression=100) == tc.Cafe(compression=100.0)
+    assert hash(tc.Hash(compression=2)) == hash(tc.Hash(compression=2))
+    assert math.isclose(tc.Cafe(compression=1, half_life=10).growth ** 10, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (tc.Cafe, {"compression": 0.5}, "compression must be a finite number >= 1, got 0.5"),
+        (tc.Hash, {"compression": float("nan")}, "compression must be a finite number >= 1"),
+        (tc.Cafe, {"compression": 9, "hot_fraction": 1}, r"hot_fraction must be in \(0, 1\)"),
+        (tc.Cafe, {"compression": 9, "whole_fraction": 1}, r"whole_fraction must be in \[0, 1\)"),
+        (tc.Cafe, {"compression": 9, "slots_per_hot_row": 0}, "slots_per_hot_row must be >= 1"),
+        (tc.Cafe, {"compression": 9, "threshold": -1}, "threshold must be >= 0, got -1"),
+        (tc.Cafe, {"compression": 9, "hysteresis": 1}, r"hysteresis must be in \[0, 1\)"),
+        (tc.Cafe, {"compression": 9, "half_life": 0}, "half_life must be > 0, got 0"),
+        (tc.Cafe, {"compression": 9, "rebalance_interval": 0}, "rebalance_interval must be >= 1"),
+        (tc.Cafe, {"compression": 9, "num_shards": 0}, "num_shards must be in"),
+    ],
+)
+def test_kinds_refuse(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
+
+
+def test_shapes_and_groups_refuse():
+    with pytest.raises(ValueError, match=r"table 't': embedding_dim must be a positive multiple"):
+        TableShape(name="t", num_embeddings=9, embedding_dim=6)
+    with pytest.raises(ValueError, match=r"table 't': num_embeddings must be in \[1, 2\*\*47\)"):
+        TableShape(name="t", num_embeddings=0, embedding_dim=8)
+    with pytest.raises(ValueError, match="same embedding_dim and dtype"):
+        tc.Hash(compression=2).allocate([*shapes(9), *shapes(9, dim=8)])
+    with pytest.raises(ValueError, match="tables must not be empty"):
+        tc.Cafe(compression=2).allocate([])
+    with pytest.raises(ValueError, match="dtype must be float32 or float16, got int8"):
+        tc.Hash(compression=2).memory(9, 8, "int8")
+
+
+def test_too_much_compression_names_what_works():
+    with pytest.raises(ValueError, match="the largest compression that works is") as error:
+        tc.Cafe(compression=1e6).allocate(shapes(1_000_000, 50_000))
+    largest = float(str(error.value).rsplit(" ", 1)[1])
+    tc.Cafe(compression=largest).allocate(shapes(1_000_000, 50_000))
+    with pytest.raises(ValueError, match="leave the table uncompressed"):
+        tc.Cafe(compression=2).memory(30, 16, "float32")

@@ -1,0 +1,1 @@
+"""TorchX components: how to start the examples anywhere TorchX runs."""
