@@ -78,8 +78,7 @@ inline void check_observe(const Tensor& keys, const Tensor& shards, const Tensor
 
 inline void check_rebalance(const Tensor& selected, const Tensor& sketch_keys,
                             const Tensor& sketch_scores, const Tensor& sketch_hot_rows,
-                            const Tensor& owners, const Tensor& inflation,
-                            const Tensor& counters) {
+                            const Tensor& owners, const Tensor& inflation, const Tensor& counters) {
   check_tensor(selected, "selected", ScalarType::Long, 1);
   check_sketch(sketch_keys, sketch_hot_rows);
   check_tensor(sketch_scores, "sketch_scores", ScalarType::Float, 3);

@@ -1,9 +1,9 @@
 // HotSketch (CAFE, SIGMOD 2024, section 3.2), written once for host and device. Torch-free.
 //
-// The sketch is cut into virtual shards that never touch each other. A shard is `num_buckets` buckets
-// of kSlots slots, and `num_hot_rows` hot rows. A slot holds (key, score, hot row). Nothing is encoded
-// in the key: whether a slot is free, cold or hot is read from its hot row alone, so that every int64
-// is an ordinary key.
+// The sketch is cut into virtual shards that never touch each other. A shard is `num_buckets`
+// buckets of kSlots slots, and `num_hot_rows` hot rows. A slot holds (key, score, hot row). Nothing
+// is encoded in the key: whether a slot is free, cold or hot is read from its hot row alone, so
+// that every int64 is an ordinary key.
 #pragma once
 
 #include <cstdint>
@@ -13,14 +13,14 @@
 
 namespace torchrec_cafe {
 
-inline constexpr int kSlots = 4;        // slots of a bucket; one bucket is one 64-byte cache line
-inline constexpr int32_t kFree = -2;    // hot_rows[slot]: the slot holds no key
-inline constexpr int32_t kCold = -1;    // hot_rows[slot]: the slot's key owns no hot row
-inline constexpr int32_t kNoOwner = -1; // owners[row]: no slot owns this hot row
+inline constexpr int kSlots = 4;         // slots of a bucket; one bucket is one 64-byte cache line
+inline constexpr int32_t kFree = -2;     // hot_rows[slot]: the slot holds no key
+inline constexpr int32_t kCold = -1;     // hot_rows[slot]: the slot's key owns no hot row
+inline constexpr int32_t kNoOwner = -1;  // owners[row]: no slot owns this hot row
 
 inline constexpr int8_t kKeepRow = 0;  // actions[row]: nothing changed
 inline constexpr int8_t kCopyRow = 1;  // actions[row]: the row has a new owner; copy its shared row
-inline constexpr int8_t kClearRow = 2; // actions[row]: the row lost its owner; clear it
+inline constexpr int8_t kClearRow = 2;  // actions[row]: the row lost its owner; clear it
 
 // One virtual shard: pointers to its part of the state tensors.
 struct HotSketchShard {
@@ -51,9 +51,9 @@ struct HotSketchShard {
 enum class Insertion { kHit, kInserted, kReplaced, kSkipped };
 
 // Adds `score` to `key` (SpaceSaving within the bucket): a held key adds, a free slot takes the
-// newcomer, and in a full bucket the newcomer replaces the smallest cold slot and inherits its score,
-// so that an estimate never falls below the truth. Hot slots are not evicted here but only by
-// `rebalance`, which frees their rows: a bucket full of hot keys skips the newcomer.
+// newcomer, and in a full bucket the newcomer replaces the smallest cold slot and inherits its
+// score, so that an estimate never falls below the truth. Hot slots are not evicted here but only
+// by `rebalance`, which frees their rows: a bucket full of hot keys skips the newcomer.
 CAFE_HOST_DEVICE inline Insertion insert(const HotSketchShard& shard, int64_t key, float score) {
   const int64_t first = shard.bucket(key);
   int64_t free_slot = -1;
@@ -109,8 +109,9 @@ CAFE_HOST_DEVICE inline int64_t count_candidates(const HotSketchShard& shard, Ca
   return count;
 }
 
-// The n-th largest candidate score, 1 <= n <= number of candidates. Scores are not negative, so that
-// their bit patterns sort like they do; four rounds of a 256-bin radix select need no extra memory.
+// The n-th largest candidate score, 1 <= n <= number of candidates. Scores are not negative, so
+// that their bit patterns sort like they do; four rounds of a 256-bin radix select need no extra
+// memory.
 CAFE_HOST_DEVICE inline float nth_largest(const HotSketchShard& shard, int64_t n, Candidates which,
                                           float floor) {
   uint32_t prefix = 0;
@@ -141,9 +142,9 @@ struct RebalanceCounts {
 // Gives the shard's hot rows to its highest scores.
 //
 // The threshold is the score of rank `num_hot_rows`, or `min_score` if that is higher. A hot key is
-// demoted only when its score has fallen below (1 - hysteresis) of the threshold, so that keys at the
-// border do not flap; rows that are free go to the best cold keys at or above the threshold, ties to
-// the lower slot. `actions` and `new_keys`, one per hot row, say what to do to the row.
+// demoted only when its score has fallen below (1 - hysteresis) of the threshold, so that keys at
+// the border do not flap; rows that are free go to the best cold keys at or above the threshold,
+// ties to the lower slot. `actions` and `new_keys`, one per hot row, say what to do to the row.
 CAFE_HOST_DEVICE inline RebalanceCounts rebalance(const HotSketchShard& shard, float min_score,
                                                   float hysteresis, int8_t* actions,
                                                   int64_t* new_keys) {

@@ -37,9 +37,9 @@ CAFE_HOST_DEVICE inline bool is_importance(float x) { return x >= 0.0f && x <= 3
 // Table of a key, see row_map.h.
 CAFE_HOST_DEVICE inline int64_t table_of(int64_t key) { return key >> 48; }
 
-// Decays everything learned so far by `growth` (new scores count `growth` times more than those of the
-// step before), then adds the importance of each occurrence, divided by the running mean of its table,
-// in the order given. Importance that is not a finite number >= 0 is counted and skipped.
+// Decays everything learned so far by `growth` (new scores count `growth` times more than those of
+// the step before), then adds the importance of each occurrence, divided by the running mean of its
+// table, in the order given. Importance that is not a finite number >= 0 is counted and skipped.
 CAFE_HOST_DEVICE inline void observe(const HotSketchShard& shard, const Occurrences& seen,
                                      const ShardStatistics& stats, double growth,
                                      double norm_decay) {

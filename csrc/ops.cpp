@@ -8,7 +8,8 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
   m.def(
       "remap(Tensor ids, Tensor offsets, Tensor tables, Tensor sketch_keys, Tensor sketch_hot_rows,"
       " int first_shard, int num_shards, int num_hot_rows, int hot_offset)"
-      " -> (Tensor rows, Tensor out_offsets, Tensor source, Tensor bags, Tensor keys, Tensor shards)");
+      " -> (Tensor rows, Tensor out_offsets, Tensor source, Tensor bags, Tensor keys, Tensor "
+      "shards)");
   m.def(
       "observe(Tensor keys, Tensor shards, Tensor importance, Tensor(a!) sketch_keys,"
       " Tensor(b!) sketch_scores, Tensor(c!) sketch_hot_rows, Tensor(d!) norms,"

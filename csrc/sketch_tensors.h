@@ -17,12 +17,9 @@ struct SketchPointers {
 
   CAFE_HOST_DEVICE HotSketchShard shard(int64_t s) const {
     const int64_t slots = s * num_buckets * kSlots;
-    return HotSketchShard{keys + slots,
-                          scores == nullptr ? nullptr : scores + slots,
-                          hot_rows + slots,
-                          owners == nullptr ? nullptr : owners + s * num_hot_rows,
-                          num_buckets,
-                          num_hot_rows};
+    return HotSketchShard{keys + slots,     scores == nullptr ? nullptr : scores + slots,
+                          hot_rows + slots, owners == nullptr ? nullptr : owners + s * num_hot_rows,
+                          num_buckets,      num_hot_rows};
   }
 };
 

@@ -157,9 +157,7 @@ def _too_small(tables: Sequence[TableShape], compression: float, needed: int) ->
     )
 
 
-def _split_rows(
-    tables: Sequence[TableShape], rows: int, exponent: float = 1.0
-) -> dict[str, int]:
+def _split_rows(tables: Sequence[TableShape], rows: int, exponent: float = 1.0) -> dict[str, int]:
     """Divide ``rows`` in proportion to ``num_embeddings ** exponent``.
 
     Every table gets at least one row and at most one per id; what a table cannot use goes to the
@@ -361,7 +359,8 @@ class Cafe:
                     tables, self.compression, math.ceil(needed + len(whole) * row_bytes)
                 )
             import os
-            shared |= _split_rows(rest, left // row_bytes, float(os.environ.get('CAFE_BETA','1')))
+
+            shared |= _split_rows(rest, left // row_bytes, float(os.environ.get("CAFE_BETA", "1")))
         pool = self.num_shards if rest else 0
         memory = MemoryBreakdown(
             shared_bytes=sum(shared.values()) * row_bytes,

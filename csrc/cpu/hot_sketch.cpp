@@ -65,10 +65,10 @@ void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importa
 }
 
 std::tuple<Tensor, Tensor> rebalance_cpu(const Tensor& selected, const Tensor& sketch_keys,
-                                         const Tensor& sketch_scores,
-                                         const Tensor& sketch_hot_rows, const Tensor& owners,
-                                         const Tensor& inflation, const Tensor& counters,
-                                         double min_score, double hysteresis) {
+                                         const Tensor& sketch_scores, const Tensor& sketch_hot_rows,
+                                         const Tensor& owners, const Tensor& inflation,
+                                         const Tensor& counters, double min_score,
+                                         double hysteresis) {
   check_rebalance(selected, sketch_keys, sketch_scores, sketch_hot_rows, owners, inflation,
                   counters);
   const int64_t num_selected = selected.numel();
@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor> rebalance_cpu(const Tensor& selected, const Tensor& s
                               owners.mutable_data_ptr<int32_t>(),
                               sketch_keys.size(1),
                               num_hot_rows};
-  Tensor actions = torch::stable::new_empty(selected, {num_selected, num_hot_rows},
-                                            ScalarType::Char);
+  Tensor actions =
+      torch::stable::new_empty(selected, {num_selected, num_hot_rows}, ScalarType::Char);
   Tensor new_keys = torch::stable::new_empty(selected, {num_selected, num_hot_rows});
   const int64_t* chosen = selected.const_data_ptr<int64_t>();
   const double* inflated = inflation.const_data_ptr<double>();

@@ -23,7 +23,12 @@ Remapped remap_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& table
       SketchPointers{const_cast<int64_t*>(sketch_keys.const_data_ptr<int64_t>()), nullptr,
                      const_cast<int32_t*>(sketch_hot_rows.const_data_ptr<int32_t>()), nullptr,
                      sketch_keys.size(1), num_hot_rows},
-      num_features, batch_size, first_shard, num_shards, sketch_keys.size(0), hot_offset};
+      num_features,
+      batch_size,
+      first_shard,
+      num_shards,
+      sketch_keys.size(0),
+      hot_offset};
   const int64_t* in = ids.const_data_ptr<int64_t>();
   const int64_t* in_offsets = offsets.const_data_ptr<int64_t>();
 

@@ -49,8 +49,8 @@ __global__ void order_kernel(const int32_t* __restrict__ shards, const int64_t* 
 
 __global__ void observe_kernel(SketchPointers sketch, StatisticsPointers stats, int64_t num_shards,
                                const int64_t* __restrict__ begins,
-                               const int64_t* __restrict__ sizes,
-                               const int32_t* __restrict__ order, const int64_t* __restrict__ keys,
+                               const int64_t* __restrict__ sizes, const int32_t* __restrict__ order,
+                               const int64_t* __restrict__ keys,
                                const float* __restrict__ importance, double growth,
                                double norm_decay) {
   const int64_t shard = first_index();

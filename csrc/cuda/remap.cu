@@ -72,7 +72,11 @@ Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tabl
       SketchPointers{const_cast<int64_t*>(sketch_keys.const_data_ptr<int64_t>()), nullptr,
                      const_cast<int32_t*>(sketch_hot_rows.const_data_ptr<int32_t>()), nullptr,
                      sketch_keys.size(1), num_hot_rows},
-      num_features, num_bags / num_features, first_shard, num_shards, sketch_keys.size(0),
+      num_features,
+      num_bags / num_features,
+      first_shard,
+      num_shards,
+      sketch_keys.size(0),
       hot_offset};
   Tensor rows = torch::stable::empty_like(ids);
   Tensor source = torch::stable::empty_like(ids);

@@ -28,7 +28,7 @@ class TrainConfig:
     data: str = _option("promotions", "promotions, or a path to Criteo's Kaggle or Terabyte tsv")
     cache_dir: str = _option(".cache", "where prepared data sets are kept")
     sample: int = _option(2_000_000, "about how many samples to use, train and test together")
-    full: bool = _option(False, "use every sample")
+    full: bool = _option(default=False, text="use every sample")
     kinds: tuple[str, ...] = _option(KINDS, f"tables to train in turn, of {', '.join(KINDS)}")
     compression: tuple[float, ...] = _option((100.0,), "dense bytes / bytes of hash and cafe")
     arch: str = _option("dlrm", f"TorchRec model: {' or '.join(ARCHITECTURES)} (DLRM_DCN)")
@@ -100,7 +100,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> TrainConfig:
             continue
         shown = option.default
         if isinstance(shown, tuple):
-            shown = ",".join(f"{part:g}" if isinstance(part, float) else str(part) for part in shown)
+            shown = ",".join(
+                f"{part:g}" if isinstance(part, float) else str(part) for part in shown
+            )
         parser.add_argument(
             f"--{option.name}",
             type=_parser_of(str(option.type)),

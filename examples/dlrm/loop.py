@@ -50,9 +50,7 @@ class Result:
     samples_per_second: float
 
 
-def run(
-    config: TrainConfig, log: ClickLog, kind: str, compression: float, seed: int
-) -> Result:
+def run(config: TrainConfig, log: ClickLog, kind: str, compression: float, seed: int) -> Result:
     """Train on the train split in order, then evaluate on the test split.
 
     Args:

@@ -67,7 +67,7 @@ def table(results: Sequence[Result]) -> list[list[str]]:
         results: of every kind, compression and seed.
     """
     groups = _names(results)
-    rows = [list(_COLUMNS)]
+    rows: list[list[str]] = [[*_COLUMNS]]
     for name, group in groups.items():
         spread = _spread(group, "auc")
         won = _won_back(name, groups)
@@ -158,16 +158,16 @@ def as_markdown(report: dict[str, Any], rows: Sequence[Sequence[str]]) -> str:
     lines = [
         "# DLRM: full, hashed and CAFE tables",
         "",
-        f"Data: {report['data']}. {report['samples']['train']:,} training samples in order of time, "
-        f"one epoch; {report['samples']['test']:,} test samples after them. "
+        f"Data: {report['data']}. {report['samples']['train']:,} training samples in order of "
+        f"time, one epoch; {report['samples']['test']:,} test samples after them. "
         f"Seeds: {', '.join(map(str, report['seeds']))}.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "|" + "---|" * len(rows[0]),
         *("| " + " | ".join(row) + " |" for row in rows[1:]),
         "",
-        "Won back: share of hash's AUC loss against full tables. Embedding bytes: weights, sketches "
-        "and maps as allocated, over all ranks.",
+        "Won back: share of hash's AUC loss against full tables. Embedding bytes: weights, "
+        "sketches and maps as allocated, over all ranks.",
         "",
         "![AUC against embedding bytes](report.png)",
         "",

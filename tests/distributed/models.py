@@ -60,9 +60,7 @@ def planner(
     table_constraints: dict[str, Any] | None, world_size: int | None = None
 ) -> tc.EmbeddingShardingPlanner:
     return tc.EmbeddingShardingPlanner(
-        topology=Topology(
-            world_size=world_size or dist.get_world_size(), compute_device="cpu"
-        ),
+        topology=Topology(world_size=world_size or dist.get_world_size(), compute_device="cpu"),
         constraints=table_constraints,
         debug=False,
     )

@@ -33,7 +33,7 @@ def _worker(
         torch.save(result, Path(folder) / f"result_{rank}.pt")
         dist.barrier()
         status = 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001  reported by the parent process
         (Path(folder) / f"error_{rank}.txt").write_text(traceback.format_exc())
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Compressed tables under TorchRec's own plan, pipeline, optimizers and checkpoints, on gloo ranks."""
+"""Compressed tables under TorchRec's plan, pipeline, optimizers and checkpoints, on gloo ranks."""
 
 from __future__ import annotations
 

@@ -66,6 +66,17 @@ def test_features_without_a_size_pass_through():
 TABLES = torch.tensor([[20, 5, 0, 0, 0], [6, 6, 0, 5, -1], [9, 2, 0, 11, 1]])
 
 
+def hot_rows_of(state: SketchState) -> ops.HotRows:
+    return ops.HotRows(
+        keys=state.keys,
+        hot_rows=state.hot_rows,
+        first_shard=0,
+        num_shards=4,
+        rows_per_shard=3,
+        offset=13,
+    )
+
+
 def hot_state() -> SketchState:
     """A sketch of four shards in which some ids of tables 0 and 2 own rows."""
     state = SketchState.empty(shards=4, buckets=2, hot_rows=3, tables=2)
@@ -75,12 +86,7 @@ def hot_state() -> SketchState:
         ids,
         offsets,
         TABLES,
-        sketch_keys=state.keys,
-        sketch_hot_rows=state.hot_rows,
-        first_shard=0,
-        num_shards=4,
-        num_hot_rows=3,
-        hot_offset=13,
+        hot_rows_of(state),
     )
     tracked = remapped.shards >= 0
     ops.observe(
@@ -104,18 +110,10 @@ def test_remap_matches_reference(lengths, data):
         for _ in range(length)
     ]
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(lengths).cumsum(0)])
-    state = hot_state()
-    arguments = {
-        "sketch_keys": state.keys,
-        "sketch_hot_rows": state.hot_rows,
-        "first_shard": 0,
-        "num_shards": 4,
-        "num_hot_rows": 3,
-        "hot_offset": 13,
-    }
+    hot = hot_rows_of(hot_state())
     batch = (torch.tensor(ids, dtype=torch.int64), offsets, TABLES)
-    got = ops.remap(*batch, **arguments)
-    expected = reference.remap(*batch, **arguments)
+    got = ops.remap(*batch, hot)
+    expected = reference.remap(*batch, hot)
     for name in got._fields:
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     assert ((got.rows >= 0) & (got.rows < 13 + 4 * 3)).all()
@@ -128,12 +126,7 @@ def test_remap_gives_hot_ids_their_own_rows():
         ids,
         offsets,
         TABLES,
-        sketch_keys=state.keys,
-        sketch_hot_rows=state.hot_rows,
-        first_shard=0,
-        num_shards=4,
-        num_hot_rows=3,
-        hot_offset=13,
+        hot_rows_of(state),
     )
     hot = remapped.rows[remapped.rows >= 13]
     assert hot.numel() > 0
@@ -182,18 +175,10 @@ def test_errors_name_the_argument():
         ops.mix_ids(ids, torch.tensor([0, 3]), sizes, count)
     with pytest.raises(ValueError, match="`ids` must be contiguous"):
         ops.mix_ids(torch.arange(8)[::2], offsets, sizes, count)
-    state = SketchState.empty(shards=1, buckets=1, hot_rows=1, tables=0)
-    options = {
-        "sketch_keys": state.keys,
-        "sketch_hot_rows": state.hot_rows,
-        "first_shard": 0,
-        "num_shards": 1,
-        "num_hot_rows": 1,
-        "hot_offset": 0,
-    }
+    hot = ops.HotRows.none()
     with pytest.raises(ValueError, match=r"features \* batch \+ 1 elements, got 3 for 3 features"):
-        ops.remap(ids, torch.tensor([0, 2, 4]), TABLES, **options)
+        ops.remap(ids, torch.tensor([0, 2, 4]), TABLES, hot)
     with pytest.raises(RuntimeError, match="offsets must ascend from 0 to the number of ids"):
-        ops.remap(ids, torch.tensor([0, 1, 2, 3]), TABLES, **options)
+        ops.remap(ids, torch.tensor([0, 1, 2, 3]), TABLES, hot)
     with pytest.raises(ValueError, match=r"`tables` must have shape \[any, 5\]"):
-        ops.remap(ids, offsets, TABLES[:, :3].contiguous(), **options)
+        ops.remap(ids, offsets, TABLES[:, :3].contiguous(), hot)

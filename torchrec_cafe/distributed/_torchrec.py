@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardedTensorMetadata
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+from torch.distributed._shard.sharding_spec import ShardMetadata
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import (
     BaseBatchedEmbeddingBag,
@@ -30,6 +31,7 @@ from torchrec.distributed.sharding.rw_sharding import (
     RwSparseFeaturesDist,
 )
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.optim.fused import FusedOptimizer
 
 __all__ = [
     "BaseBatchedEmbeddingBag",
@@ -48,8 +50,10 @@ __all__ = [
     "TorchRecConstraints",
     "kernels_of",
     "lookups_of",
+    "mark_trained_in_backward",
     "present_tables",
     "set_row_boundaries",
+    "sharded_tensor",
 ]
 
 
@@ -64,7 +68,24 @@ def lookups_of(module: ShardedEmbeddingBagCollection) -> list[nn.Module]:
 def kernels_of(module: ShardedEmbeddingBagCollection) -> Iterator[BaseBatchedEmbeddingBag[Any]]:
     """The kernels of all lookups of a sharded module."""
     for lookup in lookups_of(module):
-        yield from lookup._emb_modules  # pyright: ignore[reportReturnType]
+        modules: Any = lookup._emb_modules
+        yield from modules
+
+
+def mark_trained_in_backward(parameter: Any, optimizer: FusedOptimizer) -> None:
+    """Tell TorchRec that a parameter's optimizer runs inside the backward pass."""
+    parameter._in_backward_optimizers = [optimizer]
+
+
+def sharded_tensor(
+    local: Tensor, mine: ShardMetadata, metadata: ShardedTensorMetadata, kernel: Any
+) -> ShardedTensor:
+    """A sharded tensor around a local tensor, without communication."""
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        local_shards=[Shard(local, mine)],
+        sharded_tensor_metadata=metadata,
+        process_group=kernel._pg,
+    )
 
 
 def present_tables(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,8 @@ def _pool_sharding(
     group: CompressedGroup, like: CompressedParameterSharding, dim: int
 ) -> ParameterSharding:
     """The pool's hot rows, cut where the virtual shards are."""
-    assert like.sharding_spec is not None and like.ranks is not None
-    placements = [shard.placement for shard in like.sharding_spec.shards]  # pyright: ignore
+    spec = cast(EnumerableShardingSpec, like.sharding_spec)
+    placements = [shard.placement for shard in spec.shards]
     shards = group.shard_bounds(len(placements))
     rows = [shard * group.hot_rows_per_shard for shard in shards]
     return _as_fused(
@@ -88,9 +88,7 @@ class PhysicalEmbeddingBagCollection(EmbeddingBagCollection):
         plan: the module's plan.
     """
 
-    def __init__(
-        self, module: EmbeddingBagCollection, plan: dict[str, ParameterSharding]
-    ) -> None:
+    def __init__(self, module: EmbeddingBagCollection, plan: dict[str, ParameterSharding]) -> None:
         """Build the physical configurations; see the class."""
         configs: list[EmbeddingBagConfig] = []
         groups: dict[str, CompressedGroup] = {}
@@ -193,7 +191,11 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
     @classmethod
     def create_embedding_bag_sharding(
-        cls, sharding_infos: list[EmbeddingShardingInfo], env: ShardingEnv, *args: Any, **kwargs: Any
+        cls,
+        sharding_infos: list[EmbeddingShardingInfo],
+        env: ShardingEnv,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Our sharding for compressed tables, TorchRec's for the others."""
         if GROUP_PARAM not in (sharding_infos[0].fused_params or {}):

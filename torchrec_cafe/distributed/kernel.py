@@ -23,6 +23,7 @@ from torchrec_cafe.distributed._torchrec import (
     GroupedEmbeddingConfig,
     ShardedEmbeddingTable,
     TableBatchedEmbeddingSlice,
+    mark_trained_in_backward,
 )
 from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
 from torchrec_cafe.tables import CompressedBags, PoolLayout, RowRangeTBE, TableLayout
@@ -150,19 +151,25 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
         if self.bags.pool is not None:
             self.bags.pool.reload()
 
-    def named_buffers(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    def named_buffers(  # torch's signature
+        self,
+        prefix: str = "",
+        recurse: bool = True,  # noqa: FBT001, FBT002
+        remove_duplicate: bool = True,  # noqa: FBT001, FBT002
     ) -> Iterator[tuple[str, Tensor]]:
         """None: the sharded module presents the sketch as sharded tensors."""
         yield from ()
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    def named_parameters(  # torch's signature
+        self,
+        prefix: str = "",
+        recurse: bool = True,  # noqa: FBT001, FBT002
+        remove_duplicate: bool = True,  # noqa: FBT001, FBT002
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Weights by table, marked as trained in backward."""
         for name, weight in self.named_split_embedding_weights(prefix, recurse, remove_duplicate):
             parameter = nn.Parameter(weight)
-            parameter._in_backward_optimizers = [EmptyFusedOptimizer()]  # pyright: ignore
+            mark_trained_in_backward(parameter, EmptyFusedOptimizer())
             yield name, parameter
 
     def named_parameters_by_table(self) -> Iterator[tuple[str, TableBatchedEmbeddingSlice]]:
@@ -180,15 +187,14 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
                 embedding_dim=physical.shape[1],
             )
             start += weight.numel()
-            parameter._in_backward_optimizers = [  # pyright: ignore[reportAttributeAccessIssue]
-                EmbeddingFusedOptimizer(
-                    self._config,
-                    self._emb_module,
-                    self._pg,
-                    create_for_table=table.name,
-                    param_weight_for_table=parameter,
-                    embedding_weights_by_table=weights,
-                    all_optimizer_states=states,
-                )
-            ]
+            optimizer = EmbeddingFusedOptimizer(
+                self._config,
+                self._emb_module,
+                self._pg,
+                create_for_table=table.name,
+                param_weight_for_table=parameter,
+                embedding_weights_by_table=weights,
+                all_optimizer_states=states,
+            )
+            mark_trained_in_backward(parameter, optimizer)
             yield table.name, parameter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, Shard
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner as TorchRecPlanner
 from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
     ModuleSharder,
     ParameterSharding,
     ShardingPlan,
@@ -118,7 +119,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
                 )
         # Enumerator and estimators keep a reference to this dictionary, which is ours.
         self._adapted = adapted
-        super().__init__(*args, constraints=adapted, **kwargs)  # pyright: ignore
+        super().__init__(*args, constraints=adapted, **kwargs)
 
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         """Plan on one process; :meth:`collective_plan` broadcasts rank 0's plan.
@@ -138,8 +139,9 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         planned = super().plan(module, self._planning_sharders(module, sharders, groups))
         collections = {path: groups[id(child)] for path, child in _collections(module)}
         for path, module_plan in planned.plan.items():
+            tables = cast(EmbeddingModuleShardingPlan, module_plan)
             for name, group in collections.get(path, {}).items():
-                module_plan[name] = _compressed_sharding(name, group, module_plan[name])
+                tables[name] = _compressed_sharding(name, group, tables[name])
         return planned
 
     def collective_plan(
@@ -269,8 +271,7 @@ def _compressed_sharding(
     name: str, group: CompressedGroup, planned: ParameterSharding
 ) -> CompressedParameterSharding:
     """The plan's entry with shared rows cut where the virtual shards are."""
-    assert planned.sharding_spec is not None
-    old: list[ShardMetadata] = planned.sharding_spec.shards  # pyright: ignore
+    old = cast(EnumerableShardingSpec, planned.sharding_spec).shards
     rows = group.row_bounds(group.table(name), len(old))
     values = {f: getattr(planned, f) for f in ParameterSharding.__dataclass_fields__}
     values |= {

@@ -39,6 +39,8 @@ class CompressedRwSparseFeaturesDist(RwSparseFeaturesDist):
         device: where the ids are.
     """
 
+    _num_embeddings: torch.Tensor
+
     def __init__(
         self,
         pg: dist.ProcessGroup,
@@ -60,7 +62,9 @@ class CompressedRwSparseFeaturesDist(RwSparseFeaturesDist):
         self.register_buffer("_num_embeddings", sizes, persistent=False)
         self._warned: set[str] = set()
 
-    def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
+    def forward(
+        self, sparse_features: KeyedJaggedTensor
+    ) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
         """Mix and distribute; see the class.
 
         Raises:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import Shard
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
 from torchrec_cafe.distributed._torchrec import (
     ShardedTensor,
     ShardedTensorMetadata,
     TensorProperties,
+    sharded_tensor,
 )
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
 
@@ -58,13 +58,8 @@ def sharded_sketches(kernel: CompressedEmbeddingBag, prefix: str) -> dict[str, S
             size=torch.Size([kernel.group.num_shards, *tensor.shape[1:]]),
             tensor_properties=TensorProperties(dtype=tensor.dtype),
         )
-        result[f"{prefix}{kernel.group.name}.sketch_{name}"] = (
-            ShardedTensor._init_from_local_shards_and_global_metadata(
-                local_shards=[Shard(tensor, mine)],
-                sharded_tensor_metadata=metadata,
-                process_group=kernel._pg,
-            )
-        )
+        key = f"{prefix}{kernel.group.name}.sketch_{name}"
+        result[key] = sharded_tensor(tensor, mine, metadata, kernel)
     return result
 
 

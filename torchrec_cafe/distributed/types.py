@@ -131,7 +131,7 @@ class CompressedGroup:
 
 
 def even_bounds(size: int, parts: int) -> list[int]:
-    """Cut ``[0, size)`` as TorchRec does: blocks of ``ceil(size / parts)``, the last ones shorter."""
+    """Cut ``[0, size)`` as TorchRec does: blocks of ``ceil(size / parts)``, the last shorter."""
     block = -(-size // parts)
     return [min(size, block * part) for part in range(parts + 1)]
 

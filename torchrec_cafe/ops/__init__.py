@@ -19,6 +19,7 @@ from torchrec_cafe.ops.hot_sketch import (
 )
 from torchrec_cafe.ops.row_map import (
     TABLE_COLUMNS,
+    HotRows,
     Remapped,
     first_mixed_id,
     mix_ids,
@@ -36,6 +37,7 @@ __all__ = [
     "NO_OWNER",
     "SLOTS",
     "TABLE_COLUMNS",
+    "HotRows",
     "Remapped",
     "SketchState",
     "first_mixed_id",

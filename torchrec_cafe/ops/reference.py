@@ -20,7 +20,7 @@ from torchrec_cafe.ops.hot_sketch import (
     SLOTS,
     SketchState,
 )
-from torchrec_cafe.ops.row_map import Remapped
+from torchrec_cafe.ops.row_map import HotRows, Remapped
 
 _WORD = 2**64
 INFLATION_LIMIT = 2.0**60
@@ -87,18 +87,7 @@ def find(keys: Tensor, hot_rows: Tensor, shard: int, key: int) -> tuple[int, int
     return None
 
 
-def remap(
-    ids: Tensor,
-    offsets: Tensor,
-    tables: Tensor,
-    *,
-    sketch_keys: Tensor,
-    sketch_hot_rows: Tensor,
-    first_shard: int,
-    num_shards: int,
-    num_hot_rows: int,
-    hot_offset: int,
-) -> Remapped:
+def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remapped:
     """See :func:`torchrec_cafe.ops.remap`."""
     features = tables.shape[0]
     batch_size = (offsets.numel() - 1) // features
@@ -114,11 +103,11 @@ def remap(
                 row, key, shard = row_offset + shared_row, 0, -1
                 if index >= 0:
                     key = index << 48 | mixed_id
-                    shard = shared_row * num_shards // shared_rows - first_shard
-                    place = find(sketch_keys, sketch_hot_rows, shard, key)
-                    hot_row = COLD if place is None else int(sketch_hot_rows[shard][place])
+                    shard = shared_row * hot.num_shards // shared_rows - hot.first_shard
+                    place = find(hot.keys, hot.hot_rows, shard, key)
+                    hot_row = COLD if place is None else int(hot.hot_rows[shard][place])
                     if hot_row >= 0:
-                        row = hot_offset + shard * num_hot_rows + hot_row
+                        row = hot.offset + shard * hot.rows_per_shard + hot_row
                 for name, value in (("rows", row), ("source", i), ("keys", key), ("shards", shard)):
                     out[name].append(value)
                 out["bags"].append(sample * features + feature)

@@ -5,6 +5,7 @@ Shape legend: N ids, F features, B samples, S virtual shards held by this rank, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -76,18 +77,41 @@ def mix_ids(
     return torch.ops.torchrec_cafe.mix_ids(ids, feature_offsets, num_embeddings, out_of_range)
 
 
-def remap(
-    ids: Tensor,
-    offsets: Tensor,
-    tables: Tensor,
-    *,
-    sketch_keys: Tensor,
-    sketch_hot_rows: Tensor,
-    first_shard: int,
-    num_shards: int,
-    num_hot_rows: int,
-    hot_offset: int,
-) -> Remapped:
+@dataclass(frozen=True, kw_only=True)
+class HotRows:
+    """Where :func:`remap` finds the ids that own a row.
+
+    Attributes:
+        keys: int64 ``[S, buckets, 4]``, of the sketch.
+        hot_rows: int32 ``[S, buckets, 4]``, of the sketch.
+        first_shard: global number of this rank's first virtual shard, >= 0.
+        num_shards: virtual shards over all ranks, >= 0.
+        rows_per_shard: hot rows of a virtual shard, >= 0.
+        offset: physical row of the first hot row, >= 0.
+    """
+
+    keys: Tensor
+    hot_rows: Tensor
+    first_shard: int
+    num_shards: int
+    rows_per_shard: int
+    offset: int
+
+    @classmethod
+    def none(cls, device: torch.device | None = None) -> HotRows:
+        """No id owns a row."""
+        slots = torch.zeros((0, 0, 4), dtype=torch.int64, device=device)
+        return cls(
+            keys=slots,
+            hot_rows=slots.int(),
+            first_shard=0,
+            num_shards=0,
+            rows_per_shard=0,
+            offset=0,
+        )
+
+
+def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remapped:
     """Turn the ids of a whole group of tables into physical rows of one table.
 
     A mixed id ``m`` of a table of ``n`` ids and ``r`` shared rows has the shared row
@@ -99,12 +123,7 @@ def remap(
         tables: int64 ``[F, 5]``, the columns of :data:`TABLE_COLUMNS`: ids of the table; rows they
             share; mixed id of local id 0; physical row of shared row 0; number of the table in its
             pool, or -1 if its ids are never hot.
-        sketch_keys: int64 ``[S, buckets, 4]``.
-        sketch_hot_rows: int32 ``[S, buckets, 4]``.
-        first_shard: global number of this rank's first virtual shard, >= 0.
-        num_shards: virtual shards over all ranks, >= 0.
-        num_hot_rows: hot rows per virtual shard, >= 0.
-        hot_offset: physical row of the first hot row, >= 0.
+        hot: where the ids that own a row are found.
 
     Raises:
         TypeError: if a dtype is not the one above.
@@ -124,29 +143,22 @@ def remap(
             f"remap: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
             f"for {features} features"
         )
-    check_tensor("remap", "sketch_keys", sketch_keys, torch.int64, (None, None, 4))
-    check_tensor(
-        "remap", "sketch_hot_rows", sketch_hot_rows, torch.int32, tuple(sketch_keys.shape)
-    )
+    check_tensor("remap", "hot.keys", hot.keys, torch.int64, (None, None, 4))
+    check_tensor("remap", "hot.hot_rows", hot.hot_rows, torch.int32, tuple(hot.keys.shape))
     check_same_device(
-        "remap",
-        ids=ids,
-        offsets=offsets,
-        tables=tables,
-        sketch_keys=sketch_keys,
-        sketch_hot_rows=sketch_hot_rows,
+        "remap", ids=ids, offsets=offsets, tables=tables, keys=hot.keys, hot_rows=hot.hot_rows
     )
     return Remapped(
         *torch.ops.torchrec_cafe.remap(
             ids,
             offsets,
             tables,
-            sketch_keys,
-            sketch_hot_rows,
-            first_shard,
-            num_shards,
-            num_hot_rows,
-            hot_offset,
+            hot.keys,
+            hot.hot_rows,
+            hot.first_shard,
+            hot.num_shards,
+            hot.rows_per_shard,
+            hot.offset,
         )
     )
 
@@ -173,9 +185,7 @@ def first_mixed_id(shared_row: int, num_ids: int, shared_rows: int) -> int:
 
 
 @torch.library.register_fake("torchrec_cafe::mix_ids")
-def _(
-    ids: Tensor, feature_offsets: Tensor, num_embeddings: Tensor, out_of_range: Tensor
-) -> Tensor:
+def _(ids: Tensor, feature_offsets: Tensor, num_embeddings: Tensor, out_of_range: Tensor) -> Tensor:
     return torch.empty_like(ids)
 
 

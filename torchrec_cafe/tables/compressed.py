@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchrec_cafe.ops import Remapped, first_mixed_id, remap
+from torchrec_cafe.ops import HotRows, Remapped, first_mixed_id, remap
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
 
@@ -49,6 +49,8 @@ class CompressedBags(nn.Module):
         device: device of the ids.
     """
 
+    _tables: Tensor
+
     def __init__(
         self,
         tables: Sequence[TableLayout],
@@ -83,9 +85,7 @@ class CompressedBags(nn.Module):
         if pool is not None:
             rows = [tracked[index] for index in range(len(tracked))]
             self.pool = HotRowPool(pool, torch.tensor(rows, dtype=torch.int64, device=device))
-        no_slots = torch.zeros((0, 0, 4), dtype=torch.int64, device=device)
-        self.register_buffer("_no_keys", no_slots, persistent=False)
-        self.register_buffer("_no_hot_rows", no_slots.int(), persistent=False)
+        self._no_hot_rows = HotRows.none(device)
 
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Look up and pool.
@@ -99,7 +99,8 @@ class CompressedBags(nn.Module):
             ``[B, F * D]``; in training mode its gradient feeds the sketch.
         """
         self.settle()
-        remapped = self._remap(ids, offsets)
+        hot = self._no_hot_rows if self.pool is None else self.pool.hot_rows()
+        remapped = remap(ids, offsets, self._tables, hot)
         weights = None if weights is None else weights[remapped.source]
         pooled = self.tbe(
             indices=remapped.rows, offsets=remapped.offsets, per_sample_weights=weights
@@ -115,32 +116,6 @@ class CompressedBags(nn.Module):
         """Apply what the last step has taught; see :meth:`HotRowPool.settle`."""
         if self.pool is not None:
             self.pool.settle(self.tbe.physical_tensors())
-
-    def _remap(self, ids: Tensor, offsets: Tensor) -> Remapped:
-        if self.pool is None:
-            return remap(
-                ids,
-                offsets,
-                self._tables,
-                sketch_keys=self._no_keys,
-                sketch_hot_rows=self._no_hot_rows,
-                first_shard=0,
-                num_shards=0,
-                num_hot_rows=0,
-                hot_offset=0,
-            )
-        layout, sketch = self.pool.layout, self.pool.sketch
-        return remap(
-            ids,
-            offsets,
-            self._tables,
-            sketch_keys=sketch.keys,
-            sketch_hot_rows=sketch.hot_rows,
-            first_shard=layout.first_shard,
-            num_shards=layout.num_shards,
-            num_hot_rows=layout.hot_rows_per_shard,
-            hot_offset=layout.hot_offset,
-        )
 
     @torch.no_grad()
     def _learn(self, grad: Tensor, remapped: Remapped, weights: Tensor | None) -> None:

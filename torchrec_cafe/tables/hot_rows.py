@@ -14,6 +14,7 @@ from torchrec_cafe.ops import (
     COLD,
     COUNTERS,
     FREE,
+    HotRows,
     SketchState,
     observe,
     rebalance,
@@ -62,6 +63,8 @@ class HotRowPool(nn.Module):
             :func:`torchrec_cafe.ops.remap`, one per tracked table, in the order of ``index``.
     """
 
+    tables: Tensor
+
     def __init__(self, layout: PoolLayout, tables: Tensor) -> None:
         """Allocate an empty sketch on the device of ``tables``; see the class."""
         super().__init__()
@@ -84,6 +87,17 @@ class HotRowPool(nn.Module):
     def sketch(self) -> SketchState:
         """The sketch's tensors, not copied."""
         return SketchState(**{n: self.get_buffer(f"sketch_{n}") for n in self._state_names})
+
+    def hot_rows(self) -> HotRows:
+        """Where a lookup finds the ids that own a row."""
+        return HotRows(
+            keys=self.get_buffer("sketch_keys"),
+            hot_rows=self.get_buffer("sketch_hot_rows"),
+            first_shard=self.layout.first_shard,
+            num_shards=self.layout.num_shards,
+            rows_per_shard=self.layout.hot_rows_per_shard,
+            offset=self.layout.hot_offset,
+        )
 
     def reload(self) -> None:
         """Take over what a checkpoint has written into the sketch's tensors."""
