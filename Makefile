@@ -20,6 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
+SOURCES := $(VENV)/.sources
 PYTHON_DIRS := $(wildcard torchrec_cafe tests examples benchmarks torchx_components)
 CXX_FILES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find csrc)
@@ -29,7 +30,8 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: train test check venv build lint format cpp-test cuda-compile pytest clean
+FORCE:
+.PHONY: FORCE train test check venv build lint format cpp-test cuda-compile pytest clean
 .NOTPARALLEL:
 
 train: $(BUILT)
@@ -56,7 +58,12 @@ $(INSTALLED): requirements-cpu.txt packaging/fbgemm-gpu-cpu-shim/pyproject.toml
 	@$(BIN)/python -m pip install -q $(PIP_ARGS) -r requirements-cpu.txt
 	@touch $@
 
-$(BUILT): $(INSTALLED) $(NATIVE)
+# An editable install knows the modules it was made with, so a new one calls for another.
+$(SOURCES): $(INSTALLED) FORCE
+	@find torchrec_cafe torchx_components -name '*.py' | LC_ALL=C sort >$@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+$(BUILT): $(INSTALLED) $(SOURCES) $(NATIVE)
 	@command -v $(firstword $(CXX)) >/dev/null \
 	  || { echo "error: no C++ compiler: $(firstword $(CXX)) not found; install g++ 12 or later, or set CXX=..." >&2; exit 1; }
 	@echo "Building torchrec_cafe ..."

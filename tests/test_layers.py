@@ -10,7 +10,7 @@ PACKAGE = ROOT / "torchrec_cafe"
 #: what each layer may import from the package
 LAYERS = {
     "_library": set(),
-    "config": set(),
+    "config": {"config"},
     "ops": {"ops"},
     "tables": {"config", "ops", "tables"},
     "distributed": {"config", "ops", "tables", "distributed"},

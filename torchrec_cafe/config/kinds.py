@@ -1,4 +1,4 @@
-"""How a table is kept, and what that costs. Standard library only.
+"""How a table is kept. Standard library only.
 
 A *kind* (:class:`Hash`, :class:`Cafe`) says how the rows of an embedding table are kept. Kinds are
 frozen, keyword-only dataclasses: hashable, comparable, and safe to share between tables.
@@ -11,119 +11,26 @@ Optimizer state follows the rows and is not part of the promise.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-#: Bytes of a slot of HotSketch: int64 key, float32 score, int32 hot row.
-SLOT_BYTES = 16
-#: Slots of a bucket of HotSketch; a bucket is one 64-byte cache line.
-BUCKET_SLOTS = 4
-#: Bytes of the map from a hot row to the slot that owns it.
-OWNER_BYTES = 4
-#: Bytes a shard keeps besides its slots: inflation (8), step (8), counters (5 x 8).
-SHARD_BYTES = 56
-#: Bytes a shard keeps per table of its pool: running sum and count of the importance.
-TABLE_STATISTICS_BYTES = 16
-#: Tables of a pool need fewer rows than this, so that (table, id) fits one 64-bit key.
-MAX_NUM_EMBEDDINGS = 2**47
+from torchrec_cafe.config.memory import (
+    BUCKET_SLOTS,
+    OWNER_BYTES,
+    SHARD_BYTES,
+    SLOT_BYTES,
+    TABLE_STATISTICS_BYTES,
+    Allocation,
+    MemoryBreakdown,
+    TableShape,
+    item_bytes,
+)
 
-_ITEM_BYTES = MappingProxyType({"float32": 4, "fp32": 4, "float16": 2, "fp16": 2})
-
-
-@dataclass(frozen=True)
-class MemoryBreakdown:
-    """What a table or a group of tables keeps resident, in bytes.
-
-    Attributes:
-        shared_bytes: rows that ids share, and rows of tables kept whole.
-        hot_bytes: rows that hot ids own.
-        sketch_bytes: slots and statistics of HotSketch.
-        map_bytes: map from hot rows to their owners.
-        dense_bytes: the uncompressed table, for comparison.
-    """
-
-    shared_bytes: int
-    hot_bytes: int
-    sketch_bytes: int
-    map_bytes: int
-    dense_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        """Everything that must be resident for lookups."""
-        return self.shared_bytes + self.hot_bytes + self.sketch_bytes + self.map_bytes
-
-    @property
-    def compression(self) -> float:
-        """``dense_bytes / total_bytes``."""
-        return self.dense_bytes / self.total_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableShape:
-    """An uncompressed table.
-
-    Attributes:
-        name: name of the table.
-        num_embeddings: its rows, in [1, 2**47).
-        embedding_dim: its columns, a positive multiple of 4.
-        item_bytes: bytes of one weight, 4 or 2.
-    """
-
-    name: str
-    num_embeddings: int
-    embedding_dim: int
-    item_bytes: int = 4
-
-    def __post_init__(self) -> None:
-        """Check the shape.
-
-        Raises:
-            ValueError: if a size is out of range.
-        """
-        if not 1 <= self.num_embeddings < MAX_NUM_EMBEDDINGS:
-            raise ValueError(
-                f"table {self.name!r}: num_embeddings must be in [1, 2**47), "
-                f"got {self.num_embeddings}"
-            )
-        if self.embedding_dim < 4 or self.embedding_dim % 4:
-            nearest = max(4, 4 * round(self.embedding_dim / 4))
-            raise ValueError(
-                f"table {self.name!r}: embedding_dim must be a positive multiple of 4 "
-                f"(FBGEMM's row alignment), got {self.embedding_dim}; use {nearest}"
-            )
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.embedding_dim * self.item_bytes
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of all rows."""
-        return self.num_embeddings * self.row_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Allocation:
-    """The rows that a group of tables of one kind gets.
-
-    Attributes:
-        shared_rows: per table, the rows its ids share; equal to ``num_embeddings`` if kept whole.
-        num_shards: virtual shards of the pool of hot rows; 0 without a pool.
-        hot_rows_per_shard: hot rows of a virtual shard.
-        buckets_per_shard: buckets of HotSketch of a virtual shard.
-        tracked: tables whose ids may own a hot row, in the order of their numbers in the pool.
-        memory: what the group costs.
-    """
-
-    shared_rows: Mapping[str, int]
-    num_shards: int
-    hot_rows_per_shard: int
-    buckets_per_shard: int
-    tracked: tuple[str, ...]
-    memory: MemoryBreakdown
+# Cafe divides its shared rows evenly between tables: every table has a lookup in every sample, so
+# that every shared row carries about the same load. In proportion to the tables' sizes, as hashing
+# does it, nearly all rows go to huge tables whose ids are too many to be told apart anyway.
+SHARED_ROWS_EXPONENT = 0.0
 
 
 def _check_compression(compression: float) -> None:
@@ -157,7 +64,7 @@ def _too_small(tables: Sequence[TableShape], compression: float, needed: int) ->
     )
 
 
-def _split_rows(tables: Sequence[TableShape], rows: int, exponent: float = 1.0) -> dict[str, int]:
+def _split_rows(tables: Sequence[TableShape], rows: int, *, exponent: float) -> dict[str, int]:
     """Divide ``rows`` in proportion to ``num_embeddings ** exponent``.
 
     Every table gets at least one row and at most one per id; what a table cannot use goes to the
@@ -166,7 +73,7 @@ def _split_rows(tables: Sequence[TableShape], rows: int, exponent: float = 1.0) 
     shared: dict[str, int] = {}
     weights = {t.name: float(t.num_embeddings) ** exponent for t in tables}
     left, total = rows, sum(weights.values())
-    # Tables that reach a limit first, so that the rest can share what remains.
+    # Tables that reach a limit come first, so that the rest can share what remains.
     for table in sorted(tables, key=lambda t: (t.num_embeddings / weights[t.name], t.name)):
         weight = weights[table.name]
         others = len(tables) - len(shared) - 1
@@ -175,22 +82,6 @@ def _split_rows(tables: Sequence[TableShape], rows: int, exponent: float = 1.0) 
         left -= shared[table.name]
         total -= weight
     return {table.name: shared[table.name] for table in tables}
-
-
-def item_bytes(dtype: object) -> int:
-    """Bytes of one weight.
-
-    Args:
-        dtype: ``"float32"``, ``"float16"``, ``torch.float32``, ``torch.float16``, or TorchRec's
-            ``DataType.FP32``, ``DataType.FP16``.
-
-    Raises:
-        ValueError: for any other dtype.
-    """
-    name = str(getattr(dtype, "value", dtype)).removeprefix("torch.").lower()
-    if name not in _ITEM_BYTES:
-        raise ValueError(f"dtype must be float32 or float16, got {dtype}")
-    return _ITEM_BYTES[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +119,7 @@ class Hash:
         rows = budget // row_bytes
         if rows < len(tables):
             raise _too_small(tables, self.compression, len(tables) * row_bytes)
-        shared = _split_rows(tables, rows)
+        shared = _split_rows(tables, rows, exponent=1.0)
         memory = MemoryBreakdown(
             shared_bytes=sum(shared.values()) * row_bytes,
             hot_bytes=0,
@@ -358,9 +249,7 @@ class Cafe:
                 raise _too_small(
                     tables, self.compression, math.ceil(needed + len(whole) * row_bytes)
                 )
-            import os
-
-            shared |= _split_rows(rest, left // row_bytes, float(os.environ.get("CAFE_BETA", "1")))
+            shared |= _split_rows(rest, left // row_bytes, exponent=SHARED_ROWS_EXPONENT)
         pool = self.num_shards if rest else 0
         memory = MemoryBreakdown(
             shared_bytes=sum(shared.values()) * row_bytes,

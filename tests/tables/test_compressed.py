@@ -1,0 +1,205 @@
+"""Compressed bags without distribution: promotion, demotion, learning, against plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torchrec_cafe.config import Cafe
+from torchrec_cafe.ops import COLD, reference
+from torchrec_cafe.tables import CompressedBags, PoolLayout, RowRangeTBE, TableLayout
+
+IDS, SHARED, HOT, SHARDS, DIM = 40, 6, 2, 2, 4
+CPU = torch.device("cpu")
+OPTIMIZERS = [
+    EmbOptimType.EXACT_SGD,
+    EmbOptimType.EXACT_ADAGRAD,
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+]
+
+
+def make(
+    optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    precision: SparseType = SparseType.FP32,
+    **options: float,
+) -> CompressedBags:
+    """One tracked table of 40 ids in 6 shared rows, one whole table of 5, and 4 hot rows."""
+    kind = Cafe(compression=2, num_shards=SHARDS, rebalance_interval=1, **options)  # pyright: ignore
+    tbe = RowRangeTBE(
+        [SHARED, 5, SHARDS * HOT],
+        DIM,
+        weights_precision=precision,
+        device=CPU,
+        fused_params={"optimizer": optimizer, "learning_rate": 0.5, "eps": 0.1},
+    )
+    weights = tbe.physical_tensors()[0]
+    weights.copy_(torch.arange(weights.numel()).view_as(weights) / 10)
+    common = {"first_row": 0, "num_features": 1}
+    tables = [
+        TableLayout(
+            name="big", num_ids=IDS, shared_rows=SHARED, num_rows=SHARED, index=0, **common
+        ),
+        TableLayout(name="whole", num_ids=5, shared_rows=5, num_rows=5, index=-1, **common),
+    ]
+    pool = PoolLayout(
+        kind=kind,
+        num_shards=SHARDS,
+        first_shard=0,
+        shards_held=SHARDS,
+        hot_rows_per_shard=HOT,
+        buckets_per_shard=4,
+        hot_offset=SHARED + 5,
+    )
+    return CompressedBags(tables, pool, tbe, CPU)
+
+
+def step(bags: CompressedBags, ids: list[int], pull: float = 1.0) -> Tensor:
+    """Train one batch with one id of the big table per sample and none of the other."""
+    offsets = torch.tensor([*range(len(ids) + 1), *[len(ids)] * len(ids)])
+    pooled = bags(torch.tensor(ids), offsets)
+    (pooled * pull).sum().backward()
+    return pooled.detach()
+
+
+def rows_of(bags: CompressedBags, id_: int) -> int:
+    """Physical row of an id of the big table."""
+    pool = bags.pool
+    assert pool is not None
+    remapped = reference.remap(
+        torch.tensor([id_]), torch.tensor([0, 1, 1]), bags._tables, pool.hot_rows()
+    )
+    return int(remapped.rows)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_promotion_copies_the_trained_row_with_its_state_after_the_update(optimizer):
+    bags = make(optimizer)
+    shared = rows_of(bags, 3)
+    assert shared < SHARED
+    step(bags, [3, 3, 17])
+    # The step has updated the shared row; nothing has moved yet.
+    trained = [tensor[shared].clone() for tensor in bags.tbe.physical_tensors()]
+    assert rows_of(bags, 3) == shared
+    bags.settle()
+    hot = rows_of(bags, 3)
+    assert hot >= SHARED + 5
+    for tensor, expected in zip(bags.tbe.physical_tensors(), trained, strict=True):
+        assert torch.equal(tensor[hot], expected)
+    # From now on only the hot row learns.
+    step(bags, [3])
+    weights = bags.tbe.physical_tensors()[0]
+    assert torch.equal(weights[shared], trained[0])
+    assert not torch.equal(weights[hot], trained[0])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_demotion_clears_the_row_and_its_state(optimizer):
+    bags = make(optimizer, threshold=3.0, half_life=1.0)
+    step(bags, [3] * 8)
+    bags.settle()
+    hot = rows_of(bags, 3)
+    assert hot >= SHARED + 5
+    for _ in range(8):  # eight half-lives of other ids
+        step(bags, [17])
+    bags.settle()
+    assert rows_of(bags, 3) < SHARED
+    for tensor in bags.tbe.physical_tensors():
+        assert not tensor[hot].any()
+    assert bags.pool is not None
+    assert bags.pool.statistics()["demoted"] >= 1
+
+
+@given(
+    batches=st.lists(
+        st.lists(st.tuples(st.integers(0, IDS - 1), st.floats(-4, 4, width=16)), min_size=1),
+        max_size=6,
+    )
+)
+@settings(max_examples=30, deadline=None)
+def test_every_id_reads_the_row_that_it_trains(batches):
+    """A plain table of physical rows, looked up and updated by hand, gives the same outputs."""
+    bags = make(EmbOptimType.EXACT_SGD)
+    plain = bags.tbe.physical_tensors()[0].clone()
+    for batch in batches:
+        ids = [id_ for id_, _ in batch]
+        bags.settle()
+        # What settling has copied or cleared is taken over; what it was is tested above.
+        plain.copy_(bags.tbe.physical_tensors()[0])
+        rows = torch.tensor([rows_of(bags, id_) for id_ in ids])
+        offsets = torch.tensor([*range(len(ids) + 1), *[len(ids)] * len(ids)])
+        pooled = bags(torch.tensor(ids), offsets)
+        torch.testing.assert_close(pooled[:, :DIM].detach(), plain[rows])
+        assert not pooled[:, DIM:].any()
+        pulls = torch.tensor([pull for _, pull in batch])
+        (pooled * pulls[:, None]).sum().backward()
+        plain.index_add_(0, rows, -0.5 * pulls[:, None].expand(-1, DIM))
+        torch.testing.assert_close(bags.tbe.physical_tensors()[0], plain)
+
+
+def test_importance_is_the_norm_of_the_bags_gradient_times_the_weight():
+    bags = make()
+    pool = bags.pool
+    assert pool is not None
+    # Sample 0 has ids 3 and 17 with weights 1 and 3; sample 1 has id 3 with weight 1.
+    pooled = bags(
+        torch.tensor([3, 17, 3]), torch.tensor([0, 2, 3, 3, 3]), torch.tensor([1.0, 3.0, 1.0])
+    )
+    (pooled * torch.tensor([[2.0], [4.0]])).sum().backward()
+    sketch = pool.sketch
+    found = {}
+    for id_ in (3, 17):
+        shard = id_ * SHARED // IDS * SHARDS // SHARED
+        place = reference.find(sketch.keys, sketch.hot_rows, shard, id_)
+        assert place is not None
+        mean = sketch.norms[shard, 0, 0] / sketch.norms[shard, 0, 1]
+        found[id_] = float(sketch.scores[shard][place] * mean)
+    length = DIM**0.5
+    assert found[3] == pytest.approx(2 * length * 1 + 4 * length * 1)
+    assert found[17] == pytest.approx(2 * length * 3)
+
+
+def test_evaluation_and_no_grad_do_not_learn():
+    bags = make()
+    assert bags.pool is not None
+    bags.eval()
+    step(bags, [3, 3])
+    bags.train()
+    with torch.no_grad():
+        bags(torch.tensor([3]), torch.tensor([0, 1, 1]))
+    assert int(bags.pool.sketch.steps.sum()) == 0
+    step(bags, [3, 3])
+    assert int(bags.pool.sketch.steps.sum()) == SHARDS
+
+
+def test_non_finite_gradients_are_counted_and_skipped():
+    bags = make(EmbOptimType.EXACT_SGD)
+    assert bags.pool is not None
+    step(bags, [3, 17], pull=float("nan"))
+    assert bags.pool.statistics()["non_finite"] == 2
+    assert (bags.pool.sketch.hot_rows <= COLD).all()
+    assert not bags.pool.sketch.scores.any()
+
+
+def test_half_precision_rows():
+    bags = make(precision=SparseType.FP16)
+    for _ in range(5):
+        step(bags, [3, 3, 17, 20])
+    bags.settle()
+    assert bags.tbe.physical_tensors()[0].dtype == torch.float16
+    assert rows_of(bags, 3) >= SHARED + 5
+
+
+def test_ranges_of_the_tbe_are_views_of_one_table():
+    bags = make()
+    first, second, pool = bags.tbe.split_embedding_weights()
+    assert [len(first), len(second), len(pool)] == [SHARED, 5, SHARDS * HOT]
+    second.fill_(7)
+    assert (bags.tbe.physical_tensors()[0][SHARED : SHARED + 5] == 7).all()
+    states = bags.tbe.split_optimizer_states()
+    assert [len(state[0]) for state in states] == [SHARED, 5, SHARDS * HOT]
+    with pytest.raises(ValueError, match="at least one row in total, got"):
+        RowRangeTBE([0, 0], DIM, weights_precision=SparseType.FP32, device=CPU, fused_params={})

@@ -1,0 +1,133 @@
+"""Bytes: of a table, of a group of tables, and of what the sketch keeps. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+#: Bytes of a slot of HotSketch: int64 key, float32 score, int32 hot row.
+SLOT_BYTES = 16
+#: Slots of a bucket of HotSketch; a bucket is one 64-byte cache line.
+BUCKET_SLOTS = 4
+#: Bytes of the map from a hot row to the slot that owns it.
+OWNER_BYTES = 4
+#: Bytes a shard keeps besides its slots: inflation (8), step (8), counters (5 x 8).
+SHARD_BYTES = 56
+#: Bytes a shard keeps per table of its pool: running sum and count of the importance.
+TABLE_STATISTICS_BYTES = 16
+#: Tables of a pool need fewer rows than this, so that (table, id) fits one 64-bit key.
+MAX_NUM_EMBEDDINGS = 2**47
+
+_ITEM_BYTES = MappingProxyType({"float32": 4, "fp32": 4, "float16": 2, "fp16": 2})
+
+
+@dataclass(frozen=True)
+class MemoryBreakdown:
+    """What a table or a group of tables keeps resident, in bytes.
+
+    Attributes:
+        shared_bytes: rows that ids share, and rows of tables kept whole.
+        hot_bytes: rows that hot ids own.
+        sketch_bytes: slots and statistics of HotSketch.
+        map_bytes: map from hot rows to their owners.
+        dense_bytes: the uncompressed table, for comparison.
+    """
+
+    shared_bytes: int
+    hot_bytes: int
+    sketch_bytes: int
+    map_bytes: int
+    dense_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything that must be resident for lookups."""
+        return self.shared_bytes + self.hot_bytes + self.sketch_bytes + self.map_bytes
+
+    @property
+    def compression(self) -> float:
+        """``dense_bytes / total_bytes``."""
+        return self.dense_bytes / self.total_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableShape:
+    """An uncompressed table.
+
+    Attributes:
+        name: name of the table.
+        num_embeddings: its rows, in [1, 2**47).
+        embedding_dim: its columns, a positive multiple of 4.
+        item_bytes: bytes of one weight, 4 or 2.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    item_bytes: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the shape.
+
+        Raises:
+            ValueError: if a size is out of range.
+        """
+        if not 1 <= self.num_embeddings < MAX_NUM_EMBEDDINGS:
+            raise ValueError(
+                f"table {self.name!r}: num_embeddings must be in [1, 2**47), "
+                f"got {self.num_embeddings}"
+            )
+        if self.embedding_dim < 4 or self.embedding_dim % 4:
+            nearest = max(4, 4 * round(self.embedding_dim / 4))
+            raise ValueError(
+                f"table {self.name!r}: embedding_dim must be a positive multiple of 4 "
+                f"(FBGEMM's row alignment), got {self.embedding_dim}; use {nearest}"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.embedding_dim * self.item_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.num_embeddings * self.row_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """The rows that a group of tables of one kind gets.
+
+    Attributes:
+        shared_rows: per table, the rows its ids share; equal to ``num_embeddings`` if kept whole.
+        num_shards: virtual shards of the pool of hot rows; 0 without a pool.
+        hot_rows_per_shard: hot rows of a virtual shard.
+        buckets_per_shard: buckets of HotSketch of a virtual shard.
+        tracked: tables whose ids may own a hot row, in the order of their numbers in the pool.
+        memory: what the group costs.
+    """
+
+    shared_rows: Mapping[str, int]
+    num_shards: int
+    hot_rows_per_shard: int
+    buckets_per_shard: int
+    tracked: tuple[str, ...]
+    memory: MemoryBreakdown
+
+
+def item_bytes(dtype: object) -> int:
+    """Bytes of one weight.
+
+    Args:
+        dtype: ``"float32"``, ``"float16"``, ``torch.float32``, ``torch.float16``, or TorchRec's
+            ``DataType.FP32``, ``DataType.FP16``.
+
+    Raises:
+        ValueError: for any other dtype.
+    """
+    name = str(getattr(dtype, "value", dtype)).removeprefix("torch.").lower()
+    if name not in _ITEM_BYTES:
+        raise ValueError(f"dtype must be float32 or float16, got {dtype}")
+    return _ITEM_BYTES[name]
