@@ -28,7 +28,7 @@ def make(
     **options: float,
 ) -> CompressedBags:
     """One tracked table of 40 ids in 6 shared rows, one whole table of 5, and 4 hot rows."""
-    kind = Cafe(compression=2, num_shards=SHARDS, rebalance_interval=1, **options)  # pyright: ignore
+    kind = Cafe(compression=2, num_shards=SHARDS, rebalance_interval=1, **options)  # pyright: ignore[reportArgumentType]
     tbe = RowRangeTBE(
         [SHARED, 5, SHARDS * HOT],
         DIM,

@@ -1,0 +1,165 @@
+"""The example as a user starts it: TorchX, two gloo ranks, files, exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.dlrm.config import TrainConfig, parse_args
+from examples.dlrm.loop import Result
+from examples.dlrm.report import table
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def torchx_train(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """``torchx run`` of the component, as ``make train`` does it."""
+    binaries = Path(sys.executable).parent
+    return subprocess.run(
+        [
+            str(binaries / "torchx"),
+            *("run", "-s", "local_cwd", "torchx_components/dlrm.py:train", "--"),
+            *("--cache_dir", str(folder / "cache"), "--out", str(folder / "out"), *flags),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def criteo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small file in Criteo's published format, made here: label, 13 integers, 26 hex ids."""
+    random.seed(0)
+    path = tmp_path_factory.mktemp("criteo") / "train.txt"
+    lines = []
+    for _ in range(7000):
+        ids = [int(random.random() ** 3 * 400) for _ in range(26)]
+        label = int(random.random() < 0.1 + 0.5 * (ids[0] % 2))
+        integers = [str(random.randrange(100)) for _ in range(13)]
+        lines.append("\t".join([str(label), *integers, *(f"{id_:08x}" for id_ in ids)]))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.slow
+def test_two_ranks_train_every_kind_and_report(tmp_path: Path, criteo_file: Path):
+    done = torchx_train(
+        tmp_path,
+        *("--data", str(criteo_file), "--full", "--batch_size", "64", "--compression", "4"),
+        *("--checkpoint_dir", str(tmp_path / "checkpoints"), "--learning_rate", "0.2"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    values = {row["name"]: row["value"] for row in report["rows"]}
+    for kind in ("full", "hash", "cafe"):
+        assert 0.5 < values[f"{kind}/auc"] <= 1
+        assert 0 < values[f"{kind}/log_loss"] < 1
+        assert values[f"{kind}/samples_per_second"] > 0
+    dense = values["full/embedding_bytes"]
+    for kind in ("hash", "cafe"):
+        assert values[f"{kind}/embedding_bytes"] <= dense / 4
+    assert (tmp_path / "out" / "report.png").stat().st_size > 5000
+    assert "| cafe |" in (tmp_path / "out" / "report.md").read_text()
+    assert list((tmp_path / "out" / "tensorboard").rglob("events.*"))
+    assert (tmp_path / "checkpoints" / "cafe_4x" / ".metadata").is_file()
+    shown = done.stdout + done.stderr
+    assert "samples/s" in shown
+    assert "tables" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "no/such/file"], "no/such/file"),
+        (["--embedding_dim", "6"], "--embedding_dim must be a multiple of 4"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(tmp_path: Path, flags: list[str], message: str):
+    done = torchx_train(tmp_path, *flags)
+    assert done.returncode != 0
+    shown = (done.stdout + done.stderr).splitlines()
+    errors = [line for line in shown if "error: " in line and message in line]
+    assert len(errors) == 1, done.stderr[-3000:]
+    assert "Traceback (most recent call last)" not in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_malformed_row_is_named(tmp_path: Path, criteo_file: Path):
+    bad = tmp_path / "train.txt"
+    lines = criteo_file.read_text().splitlines()
+    bad.write_text("\n".join([*lines[:5], lines[5].rsplit("\t", 3)[0], *lines[6:50]]) + "\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "examples.dlrm.train", "--data", str(bad), "--full"),
+            *("--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "out")),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "line 6" in line
+    assert "37" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_are_the_fields_of_the_config():
+    assert parse_args([]) == TrainConfig()
+    config = parse_args(
+        ["--full", "--kinds", "hash,cafe", "--compression", "10,100", "--seed", "1"]
+    )
+    assert config.full
+    assert config.kinds == ("hash", "cafe")
+    assert config.compression == (10.0, 100.0)
+    assert config.seed == (1,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kinds", "full,magic"], "--kinds must be of full, hash, cafe, got full, magic"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--optimizer", "lamb"], "--optimizer must be of rowwise_adagrad, adagrad, sgd"),
+        (["--seed", ""], "need at least one value"),
+    ],
+)
+def test_options_out_of_range(arguments: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        parse_args(arguments)
+
+
+def test_table_gives_means_and_what_is_won_back():
+    def result(kind: str, seed: int, auc: float) -> Result:
+        return Result(
+            kind=kind,
+            compression=1 if kind == "full" else 10,
+            seed=seed,
+            auc=auc,
+            log_loss=0.1,
+            embedding_bytes=1000,
+            samples_per_second=1,
+        )
+
+    results = [
+        result(kind, seed, auc + 0.01 * seed)
+        for seed in (0, 1)
+        for kind, auc in (("full", 0.8), ("hash", 0.6), ("cafe", 0.75))
+    ]
+    rows = {row[0]: row for row in table(results)}
+    assert rows["full"][1] == "0.8050 ± 0.0071"
+    assert rows["cafe"][2] == "75%"
+    assert rows["hash"][2] == ""
