@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("full", "hash", "cafe")
+#: hash_whole: hash that may spend a quarter of its budget on whole small tables, as cafe does
+KINDS = ("full", "hash", "hash_whole", "cafe")
+DEFAULT_KINDS = ("full", "hash", "cafe")
 ARCHITECTURES = ("dlrm", "dcn")
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 
@@ -29,7 +31,9 @@ class TrainConfig:
     cache_dir: str = _option(".cache", "where prepared data sets are kept")
     sample: int = _option(2_000_000, "about how many samples to use, train and test together")
     full: bool = _option(default=False, text="use every sample")
-    kinds: tuple[str, ...] = _option(KINDS, f"tables to train in turn, of {', '.join(KINDS)}")
+    kinds: tuple[str, ...] = _option(
+        DEFAULT_KINDS, f"tables to train in turn, of {', '.join(KINDS)}"
+    )
     compression: tuple[float, ...] = _option((100.0,), "dense bytes / bytes of hash and cafe")
     arch: str = _option("dlrm", f"TorchRec model: {' or '.join(ARCHITECTURES)} (DLRM_DCN)")
     embedding_dim: int = _option(16, "columns of every table, a multiple of 4")

@@ -32,7 +32,7 @@ class Result:
     """What one training came to.
 
     Attributes:
-        kind: ``full``, ``hash`` or ``cafe``.
+        kind: of :data:`examples.dlrm.config.KINDS`.
         compression: dense bytes / resident bytes that was asked; 1 for full tables.
         seed: of the weights.
         auc: area under the ROC curve of the test set, exact.
@@ -56,7 +56,7 @@ def run(config: TrainConfig, log: ClickLog, kind: str, compression: float, seed:
     Args:
         config: options of the run.
         log: the data set.
-        kind: ``full``, ``hash`` or ``cafe``.
+        kind: of :data:`examples.dlrm.config.KINDS`.
         compression: of hash and cafe.
         seed: of the weights.
     """

@@ -33,14 +33,19 @@ def constraints(log: ClickLog, kind: str, compression: float) -> dict[str, Any]:
 
     Args:
         log: the data set.
-        kind: ``full``, ``hash`` or ``cafe``.
+        kind: of :data:`examples.dlrm.config.KINDS`.
         compression: of hash and cafe.
     """
     if kind == "full":
         # Table-wise keeps every table's optimizer fused, as the compressed ones' is.
         stock = tc.ParameterConstraints(sharding_types=["table_wise"])
         return {f"t_{feature.name}": stock for feature in log.features}
-    table = {"hash": tc.Hash, "cafe": tc.Cafe}[kind](compression=compression)
+    kinds = {
+        "hash": tc.Hash(compression=compression),
+        "hash_whole": tc.Hash(compression=compression, whole_fraction=0.25),
+        "cafe": tc.Cafe(compression=compression),
+    }
+    table = kinds[kind]
     return {f"t_{feature.name}": tc.ParameterConstraints(table=table) for feature in log.features}
 
 
@@ -81,7 +86,7 @@ def shard(
     Args:
         config: options of the run.
         log: the data set.
-        kind: ``full``, ``hash`` or ``cafe``.
+        kind: of :data:`examples.dlrm.config.KINDS`.
         compression: of hash and cafe.
         device: CPU or this rank's GPU.
     """

@@ -131,7 +131,10 @@ def test_flags_are_the_fields_of_the_config():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kinds", "full,magic"], "--kinds must be of full, hash, cafe, got full, magic"),
+        (
+            ["--kinds", "full,magic"],
+            "--kinds must be of full, hash, hash_whole, cafe, got full, magic",
+        ),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--optimizer", "lamb"], "--optimizer must be of rowwise_adagrad, adagrad, sgd"),
         (["--seed", ""], "need at least one value"),

@@ -33,9 +33,30 @@ from torchrec_cafe.config.memory import (
 SHARED_ROWS_EXPONENT = 0.0
 
 
+# Tables of at most this many ids, divided by the compression, stay whole under Hash: the rule of
+# the CAFE paper's own experiments, for all of its methods.
+HASH_WHOLE_IDS = 2000
+
+
 def _check_compression(compression: float) -> None:
     if not (math.isfinite(compression) and compression >= 1):
         raise ValueError(f"compression must be a finite number >= 1, got {compression}")
+
+
+def _check_whole_fraction(whole_fraction: float) -> None:
+    if not 0 <= whole_fraction < 1:
+        raise ValueError(f"whole_fraction must be in [0, 1), got {whole_fraction}")
+
+
+def _smallest(tables: Sequence[TableShape], available: int) -> set[str]:
+    """The smallest tables whose rows fit ``available`` bytes, largest such set."""
+    chosen: set[str] = set()
+    for table in sorted(tables, key=lambda t: (t.num_embeddings, t.name)):
+        available -= table.dense_bytes
+        if available < 0:
+            break
+        chosen.add(table.name)
+    return chosen
 
 
 def _budget(tables: Sequence[TableShape], compression: float) -> int:
@@ -88,14 +109,19 @@ def _split_rows(tables: Sequence[TableShape], rows: int, *, exponent: float) -> 
 class Hash:
     """The hashing trick: the ids of a table share ``num_embeddings / compression`` rows.
 
-    The baseline that every compressed embedding is compared with.
+    The baseline that every compressed embedding is compared with. As in the CAFE paper's
+    experiments, tables of at most ``2000 / compression`` ids stay whole; here that is charged to
+    the budget.
 
     Attributes:
         compression: dense weight bytes divided by resident bytes, >= 1. Tables of an
             ``EmbeddingBagCollection`` with equal kinds share one budget.
+        whole_fraction: share of the budget that may go to keeping the smallest tables whole, in
+            [0, 1); a stronger baseline than the usual one.
     """
 
     compression: float
+    whole_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the arguments.
@@ -104,6 +130,7 @@ class Hash:
             ValueError: if an argument is out of range.
         """
         _check_compression(self.compression)
+        _check_whole_fraction(self.whole_fraction)
 
     def allocate(self, tables: Sequence[TableShape]) -> Allocation:
         """Rows of each table: its share of the budget, at least one.
@@ -119,7 +146,14 @@ class Hash:
         rows = budget // row_bytes
         if rows < len(tables):
             raise _too_small(tables, self.compression, len(tables) * row_bytes)
-        shared = _split_rows(tables, rows, exponent=1.0)
+        whole = _smallest(tables, math.floor(self.whole_fraction * budget))
+        few = HASH_WHOLE_IDS / self.compression
+        tiny = [table for table in tables if table.num_embeddings <= few]
+        if sum(table.num_embeddings for table in tiny) + len(tables) <= rows:
+            whole |= {table.name for table in tiny}
+        shared = {table.name: table.num_embeddings for table in tables if table.name in whole}
+        rest = [table for table in tables if table.name not in whole]
+        shared |= _split_rows(rest, rows - sum(shared.values()), exponent=1.0)
         memory = MemoryBreakdown(
             shared_bytes=sum(shared.values()) * row_bytes,
             hot_bytes=0,
@@ -128,7 +162,7 @@ class Hash:
             dense_bytes=sum(table.dense_bytes for table in tables),
         )
         return Allocation(
-            shared_rows=MappingProxyType(shared),
+            shared_rows=MappingProxyType({table.name: shared[table.name] for table in tables}),
             num_shards=0,
             hot_rows_per_shard=0,
             buckets_per_shard=0,
@@ -185,9 +219,9 @@ class Cafe:
             ValueError: if an argument is out of range.
         """
         _check_compression(self.compression)
+        _check_whole_fraction(self.whole_fraction)
         checks = {
             "hot_fraction": ("in (0, 1)", self.hot_fraction is None or 0 < self.hot_fraction < 1),
-            "whole_fraction": ("in [0, 1)", 0 <= self.whole_fraction < 1),
             "slots_per_hot_row": (">= 1", self.slots_per_hot_row >= 1),
             "threshold": (">= 0", self.threshold is None or self.threshold >= 0),
             "hysteresis": ("in [0, 1)", 0 <= self.hysteresis < 1),
@@ -210,16 +244,6 @@ class Cafe:
             return self.hot_fraction
         return min(0.9, max(0.5, 0.4 + 0.15 * math.log10(self.compression)))
 
-    def _whole(self, tables: Sequence[TableShape], budget: int) -> set[str]:
-        whole: set[str] = set()
-        left = math.floor(self.whole_fraction * budget)
-        for table in sorted(tables, key=lambda t: (t.num_embeddings, t.name)):
-            left -= table.dense_bytes
-            if left < 0:
-                break
-            whole.add(table.name)
-        return whole
-
     def allocate(self, tables: Sequence[TableShape]) -> Allocation:
         """Divide the budget of a group between whole tables, hot rows, sketch and shared rows.
 
@@ -232,7 +256,7 @@ class Cafe:
         """
         row_bytes = tables[0].row_bytes if tables else 0
         budget = _budget(tables, self.compression)
-        whole = self._whole(tables, budget)
+        whole = _smallest(tables, math.floor(self.whole_fraction * budget))
         rest = [table for table in tables if table.name not in whole]
         shared = {table.name: table.num_embeddings for table in tables if table.name in whole}
         left = budget - sum(shared.values()) * row_bytes

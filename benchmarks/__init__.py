@@ -1,0 +1,1 @@
+"""Measurements; results are under ``results/``."""
