@@ -31,6 +31,23 @@ class CompressedTable:
     shared_rows: int
     index: int
 
+    def __post_init__(self) -> None:
+        """Check that rows and keys fit 64 bits.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        if self.num_ids * self.shared_rows >= 2**63:
+            raise ValueError(
+                f"table {self.name!r}: num_embeddings * shared rows must be below 2**63, got "
+                f"{self.num_ids} * {self.shared_rows}; use a higher compression"
+            )
+        if self.index >= 2**15:
+            raise ValueError(
+                f"table {self.name!r}: a pool can track at most {2**15} tables; give some tables "
+                "another kind"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedGroup:
