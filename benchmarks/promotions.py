@@ -1,8 +1,8 @@
 """AUC of full, hashed and CAFE tables on every row of the Complete Journey promotions.
 
-``python -m benchmarks.promotions`` trains each kind and seed in a process of its own (``--jobs`` at a
-time), skips what an earlier call has finished, and writes the comparison. ``--quick`` takes a small
-sample.
+``python -m benchmarks.promotions`` trains each kind and seed in a process of its own (``--jobs`` at
+a time), skips what an earlier call has finished, and writes the comparison. ``--quick`` takes a
+small sample.
 """
 
 from __future__ import annotations

@@ -27,11 +27,11 @@ from torchrec_cafe.config.memory import (
     item_bytes,
 )
 
-# Cafe divides its shared rows evenly between tables: every table has a lookup in every sample, so
-# that every shared row carries about the same load. In proportion to the tables' sizes, as hashing
-# does it, nearly all rows go to huge tables whose ids are too many to be told apart anyway.
-SHARED_ROWS_EXPONENT = 0.0
-
+# Cafe divides its shared rows in proportion to 1 / sqrt(ids of the table). Every table has a lookup
+# in every sample, so a row of a small table tells more lookups apart than one of a large table. In
+# proportion to the tables' sizes, as hashing does it, nearly all rows would go to huge tables, whose
+# ids are too many to be told apart by shared rows anyway.
+SHARED_ROWS_EXPONENT = -0.5
 
 # Tables of at most this many ids, divided by the compression, stay whole under Hash: the rule of
 # the CAFE paper's own experiments, for all of its methods.
@@ -188,7 +188,7 @@ class Cafe:
         compression: dense weight bytes divided by resident bytes (shared rows, hot rows, sketch,
             maps), >= 1.
         hot_fraction: share of the budget, after whole tables, that goes to hot rows and their
-            sketch, in (0, 1); ``None`` chooses it from the compression.
+            sketch, in (0, 1).
         whole_fraction: share of the budget that may go to keeping the smallest tables whole, in
             [0, 1).
         slots_per_hot_row: slots of the sketch per hot row, >= 1; more remember more candidates.
@@ -203,7 +203,7 @@ class Cafe:
     """
 
     compression: float
-    hot_fraction: float | None = None
+    hot_fraction: float = 0.5
     whole_fraction: float = 0.25
     slots_per_hot_row: float = 2.0
     threshold: float | None = None
@@ -221,7 +221,7 @@ class Cafe:
         _check_compression(self.compression)
         _check_whole_fraction(self.whole_fraction)
         checks = {
-            "hot_fraction": ("in (0, 1)", self.hot_fraction is None or 0 < self.hot_fraction < 1),
+            "hot_fraction": ("in (0, 1)", 0 < self.hot_fraction < 1),
             "slots_per_hot_row": (">= 1", self.slots_per_hot_row >= 1),
             "threshold": (">= 0", self.threshold is None or self.threshold >= 0),
             "hysteresis": ("in [0, 1)", 0 <= self.hysteresis < 1),
@@ -237,12 +237,6 @@ class Cafe:
     def growth(self) -> float:
         """Factor by which the score of an occurrence exceeds that of one a step before."""
         return 2.0 ** (1.0 / self.half_life)
-
-    def _hot_share(self) -> float:
-        """Share of hot rows: more where rows are scarcer (CAFE's own best, section 5.5)."""
-        if self.hot_fraction is not None:
-            return self.hot_fraction
-        return min(0.9, max(0.5, 0.4 + 0.15 * math.log10(self.compression)))
 
     def allocate(self, tables: Sequence[TableShape]) -> Allocation:
         """Divide the budget of a group between whole tables, hot rows, sketch and shared rows.
@@ -263,13 +257,13 @@ class Cafe:
         fixed = self.num_shards * (SHARD_BYTES + TABLE_STATISTICS_BYTES * len(rest))
         hot_rows = buckets = 0
         if rest:
-            hot_rows = self._hot_rows(self._hot_share() * left - fixed, row_bytes)
+            hot_rows = self._hot_rows(self.hot_fraction * left - fixed, row_bytes)
             buckets = math.ceil(hot_rows * self.slots_per_hot_row / BUCKET_SLOTS)
             left -= fixed + self.num_shards * self._pool_bytes(hot_rows, buckets, row_bytes)
             if hot_rows < 1 or left < len(rest) * row_bytes:
                 one = self._pool_bytes(1, math.ceil(self.slots_per_hot_row / 4), row_bytes)
                 least = fixed + self.num_shards * one
-                needed = max(least / self._hot_share(), least + len(rest) * row_bytes)
+                needed = max(least / self.hot_fraction, least + len(rest) * row_bytes)
                 raise _too_small(
                     tables, self.compression, math.ceil(needed + len(whole) * row_bytes)
                 )
