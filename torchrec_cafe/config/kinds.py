@@ -29,8 +29,8 @@ from torchrec_cafe.config.memory import (
 
 # Cafe divides its shared rows in proportion to 1 / sqrt(ids of the table). Every table has a lookup
 # in every sample, so a row of a small table tells more lookups apart than one of a large table. In
-# proportion to the tables' sizes, as hashing does it, nearly all rows would go to huge tables, whose
-# ids are too many to be told apart by shared rows anyway.
+# proportion to the tables' sizes, as hashing does it, nearly all rows would go to huge tables,
+# whose ids are too many to be told apart by shared rows anyway.
 SHARED_ROWS_EXPONENT = -0.5
 
 # Tables of at most this many ids, divided by the compression, stay whole under Hash: the rule of
