@@ -25,7 +25,7 @@ from examples.dlrm.report import as_json, as_markdown, as_text, plot, table
 
 #: share of Hash's AUC loss that Cafe has to win back, by compression
 TARGETS = {"cafe@10x/won_back": 0.6, "cafe@100x/won_back": 0.4}
-_KINDS = "full,hash,hash_whole,cafe"
+_KINDS = ("full", "hash", "cafe", "hash_whole")
 
 
 def _flags(options: argparse.Namespace) -> list[str]:
@@ -82,7 +82,7 @@ def main() -> None:
         cache_dir=Path(options.cache_dir),
         sample=200_000 if options.quick else None,
     )
-    jobs = [(kind, seed) for seed in range(options.seeds) for kind in _KINDS.split(",")]
+    jobs = [(kind, seed) for kind in _KINDS for seed in range(options.seeds)]
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = [
             pool.submit(_train, options, kind, seed, 29600 + number)
