@@ -203,9 +203,9 @@ class Cafe:
     """
 
     compression: float
-    hot_fraction: float = 0.5
+    hot_fraction: float = 0.4
     whole_fraction: float = 0.25
-    slots_per_hot_row: float = 2.0
+    slots_per_hot_row: float = 3.0
     threshold: float | None = None
     hysteresis: float = 0.1
     half_life: float = math.inf
