@@ -23,6 +23,20 @@ struct SketchPointers {
   }
 };
 
+// The sketch of the operators' arguments. Which tensors an operator writes is said by its schema;
+// the stable ABI hands all of them over as constant references.
+inline SketchPointers sketch_pointers(const torch::stable::Tensor& keys,
+                                      const torch::stable::Tensor& hot_rows,
+                                      const torch::stable::Tensor* scores,
+                                      const torch::stable::Tensor* owners) {
+  return SketchPointers{static_cast<int64_t*>(keys.data_ptr()),
+                        scores == nullptr ? nullptr : static_cast<float*>(scores->data_ptr()),
+                        static_cast<int32_t*>(hot_rows.data_ptr()),
+                        owners == nullptr ? nullptr : static_cast<int32_t*>(owners->data_ptr()),
+                        keys.size(1),
+                        owners == nullptr ? 0 : owners->size(1)};
+}
+
 struct StatisticsPointers {
   double* norms;
   double* inflation;
@@ -35,6 +49,13 @@ struct StatisticsPointers {
   }
 };
 
+inline StatisticsPointers statistics_pointers(const torch::stable::Tensor& norms,
+                                              const torch::stable::Tensor& inflation,
+                                              const torch::stable::Tensor& counters) {
+  return StatisticsPointers{norms.mutable_data_ptr<double>(), inflation.mutable_data_ptr<double>(),
+                            counters.mutable_data_ptr<int64_t>(), norms.size(1)};
+}
+
 // What `remap` reads besides the ids.
 struct RemapLayout {
   const int64_t* tables;
@@ -44,7 +65,8 @@ struct RemapLayout {
   int64_t first_shard;  // global number of this rank's first shard
   int64_t num_shards;   // over all ranks
   int64_t shards_held;  // on this rank
-  int64_t hot_offset;   // physical row of the first hot row
+  int64_t rows_per_shard;
+  int64_t hot_offset;  // physical row of the first hot row
 
   struct Place {
     int64_t row;
@@ -64,7 +86,7 @@ struct RemapLayout {
     const HotSketchShard shard = sketch.shard(held);
     const int64_t slot = shard.num_buckets > 0 ? shard.find(place.key) : -1;
     if (slot >= 0 && shard.hot_rows[slot] >= 0) {
-      place.row = hot_offset + held * sketch.num_hot_rows + shard.hot_rows[slot];
+      place.row = hot_offset + held * rows_per_shard + shard.hot_rows[slot];
     }
     return place;
   }

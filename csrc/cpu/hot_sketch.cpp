@@ -38,15 +38,9 @@ void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importa
   check_observe(keys, shards, importance, sketch_keys, sketch_scores, sketch_hot_rows, norms,
                 inflation, counters);
   const int64_t num_shards = sketch_keys.size(0);
-  const SketchPointers sketch{sketch_keys.mutable_data_ptr<int64_t>(),
-                              sketch_scores.mutable_data_ptr<float>(),
-                              sketch_hot_rows.mutable_data_ptr<int32_t>(),
-                              nullptr,
-                              sketch_keys.size(1),
-                              0};
-  const StatisticsPointers stats{norms.mutable_data_ptr<double>(),
-                                 inflation.mutable_data_ptr<double>(),
-                                 counters.mutable_data_ptr<int64_t>(), norms.size(1)};
+  const SketchPointers sketch =
+      sketch_pointers(sketch_keys, sketch_hot_rows, &sketch_scores, nullptr);
+  const StatisticsPointers stats = statistics_pointers(norms, inflation, counters);
   const int64_t* key_in = keys.const_data_ptr<int64_t>();
   const float* importance_in = importance.const_data_ptr<float>();
   const ByShard groups(shards.const_data_ptr<int32_t>(), keys.numel(), num_shards);
@@ -74,12 +68,8 @@ std::tuple<Tensor, Tensor> rebalance_cpu(const Tensor& selected, const Tensor& s
   const int64_t num_selected = selected.numel();
   const int64_t num_shards = sketch_keys.size(0);
   const int64_t num_hot_rows = owners.size(1);
-  const SketchPointers sketch{const_cast<int64_t*>(sketch_keys.const_data_ptr<int64_t>()),
-                              const_cast<float*>(sketch_scores.const_data_ptr<float>()),
-                              sketch_hot_rows.mutable_data_ptr<int32_t>(),
-                              owners.mutable_data_ptr<int32_t>(),
-                              sketch_keys.size(1),
-                              num_hot_rows};
+  const SketchPointers sketch =
+      sketch_pointers(sketch_keys, sketch_hot_rows, &sketch_scores, &owners);
   Tensor actions =
       torch::stable::new_empty(selected, {num_selected, num_hot_rows}, ScalarType::Char);
   Tensor new_keys = torch::stable::new_empty(selected, {num_selected, num_hot_rows});

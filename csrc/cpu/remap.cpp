@@ -18,17 +18,15 @@ Remapped remap_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& table
   const int64_t num_features = tables.size(0);
   const int64_t batch_size = (offsets.numel() - 1) / num_features;
   const int64_t num_ids = ids.numel();
-  const RemapLayout layout{
-      tables.const_data_ptr<int64_t>(),
-      SketchPointers{const_cast<int64_t*>(sketch_keys.const_data_ptr<int64_t>()), nullptr,
-                     const_cast<int32_t*>(sketch_hot_rows.const_data_ptr<int32_t>()), nullptr,
-                     sketch_keys.size(1), num_hot_rows},
-      num_features,
-      batch_size,
-      first_shard,
-      num_shards,
-      sketch_keys.size(0),
-      hot_offset};
+  const RemapLayout layout{tables.const_data_ptr<int64_t>(),
+                           sketch_pointers(sketch_keys, sketch_hot_rows, nullptr, nullptr),
+                           num_features,
+                           batch_size,
+                           first_shard,
+                           num_shards,
+                           sketch_keys.size(0),
+                           num_hot_rows,
+                           hot_offset};
   const int64_t* in = ids.const_data_ptr<int64_t>();
   const int64_t* in_offsets = offsets.const_data_ptr<int64_t>();
 

@@ -83,15 +83,9 @@ void observe_cuda(const Tensor& keys, const Tensor& shards, const Tensor& import
       shards.const_data_ptr<int32_t>(), keys.const_data_ptr<int64_t>(), size, num_shards,
       norms.size(1), counts, begins, sizes, order.mutable_data_ptr<int32_t>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  const SketchPointers sketch{sketch_keys.mutable_data_ptr<int64_t>(),
-                              sketch_scores.mutable_data_ptr<float>(),
-                              sketch_hot_rows.mutable_data_ptr<int32_t>(),
-                              nullptr,
-                              sketch_keys.size(1),
-                              0};
-  const StatisticsPointers stats{norms.mutable_data_ptr<double>(),
-                                 inflation.mutable_data_ptr<double>(),
-                                 counters.mutable_data_ptr<int64_t>(), norms.size(1)};
+  const SketchPointers sketch =
+      sketch_pointers(sketch_keys, sketch_hot_rows, &sketch_scores, nullptr);
+  const StatisticsPointers stats = statistics_pointers(norms, inflation, counters);
   observe_kernel<<<grid_size(num_shards * kWarp), kWarp, 0, stream>>>(
       sketch, stats, num_shards, begins, sizes, order.const_data_ptr<int32_t>(),
       keys.const_data_ptr<int64_t>(), importance.const_data_ptr<float>(), growth, norm_decay);
@@ -123,12 +117,8 @@ std::tuple<Tensor, Tensor> rebalance_cuda(const Tensor& selected, const Tensor& 
                   counters);
   const torch::stable::accelerator::DeviceGuard guard(selected.get_device_index());
   const int64_t num_selected = selected.numel();
-  const SketchPointers sketch{const_cast<int64_t*>(sketch_keys.const_data_ptr<int64_t>()),
-                              const_cast<float*>(sketch_scores.const_data_ptr<float>()),
-                              sketch_hot_rows.mutable_data_ptr<int32_t>(),
-                              owners.mutable_data_ptr<int32_t>(),
-                              sketch_keys.size(1),
-                              owners.size(1)};
+  const SketchPointers sketch =
+      sketch_pointers(sketch_keys, sketch_hot_rows, &sketch_scores, &owners);
   Tensor actions =
       torch::stable::new_zeros(selected, {num_selected, owners.size(1)}, ScalarType::Char);
   Tensor new_keys = torch::stable::new_zeros(selected, {num_selected, owners.size(1)});

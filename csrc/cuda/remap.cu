@@ -67,17 +67,15 @@ Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tabl
   const int64_t num_features = tables.size(0);
   const int64_t num_bags = offsets.numel() - 1;
   const int64_t num_ids = ids.numel();
-  const RemapLayout layout{
-      tables.const_data_ptr<int64_t>(),
-      SketchPointers{const_cast<int64_t*>(sketch_keys.const_data_ptr<int64_t>()), nullptr,
-                     const_cast<int32_t*>(sketch_hot_rows.const_data_ptr<int32_t>()), nullptr,
-                     sketch_keys.size(1), num_hot_rows},
-      num_features,
-      num_bags / num_features,
-      first_shard,
-      num_shards,
-      sketch_keys.size(0),
-      hot_offset};
+  const RemapLayout layout{tables.const_data_ptr<int64_t>(),
+                           sketch_pointers(sketch_keys, sketch_hot_rows, nullptr, nullptr),
+                           num_features,
+                           num_bags / num_features,
+                           first_shard,
+                           num_shards,
+                           sketch_keys.size(0),
+                           num_hot_rows,
+                           hot_offset};
   Tensor rows = torch::stable::empty_like(ids);
   Tensor source = torch::stable::empty_like(ids);
   Tensor bags = torch::stable::empty_like(ids);

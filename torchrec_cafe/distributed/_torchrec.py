@@ -98,7 +98,14 @@ def present_tables(
 def set_row_boundaries(input_dist: RwSparseFeaturesDist, boundaries: list[Any]) -> None:
     """Make a row-wise input dist cut each feature's ids at the given boundaries.
 
-    TorchRec has the mechanism (for managed-collision tables with uneven buckets) but offers no
-    constructor argument for it.
+    TorchRec has the mechanism (for tables with uneven buckets) but offers no constructor argument
+    for it, and has renamed the attribute since 1.6.
     """
-    input_dist.zch_bucketize_row_pos = boundaries
+    for name in ("zch_bucketize_row_pos", "kvzch_bucketize_row_pos"):
+        if hasattr(input_dist, name):
+            setattr(input_dist, name, boundaries)
+            return
+    raise ImportError(
+        "torchrec_cafe: this TorchRec's RwSparseFeaturesDist has no bucketize_row_pos; "
+        "use TorchRec 1.6 to 1.8"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -94,17 +95,19 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
     not modified.
 
     Args:
-        constraints: per table; :class:`ParameterConstraints` to compress it.
-        kwargs: TorchRec's further arguments.
+        args: TorchRec's arguments; ``constraints`` may hold :class:`ParameterConstraints`.
+        kwargs: the same, by name.
 
     Raises:
         ValueError: if a compressed table is constrained to what it cannot do.
     """
 
-    def __init__(
-        self, *args: Any, constraints: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Check the constraints; see the class."""
+        arguments = (
+            inspect.signature(TorchRecPlanner.__init__).bind(self, *args, **kwargs).arguments
+        )
+        constraints: dict[str, Any] | None = arguments.get("constraints")
         self._kinds: dict[str, TableKind] = {}
         adapted: dict[str, TorchRecConstraints] = {}
         for name, constraint in (constraints or {}).items():
@@ -119,7 +122,8 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
                 )
         # Enumerator and estimators keep a reference to this dictionary, which is ours.
         self._adapted = adapted
-        super().__init__(*args, constraints=adapted, **kwargs)
+        arguments = {name: value for name, value in arguments.items() if name != "self"}
+        super().__init__(**(arguments | {"constraints": adapted}))
 
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         """Plan on one process; :meth:`collective_plan` broadcasts rank 0's plan.
