@@ -51,9 +51,9 @@ def _spread(results: Sequence[Result], metric: str) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _won_back(name: str, groups: dict[str, list[Result]]) -> float | None:
-    """Share of Hash's AUC loss that Cafe wins back at the same compression."""
-    baseline = name.replace("cafe", "hash", 1)
+def _won_back(name: str, groups: dict[str, list[Result]], kind: str = "hash") -> float | None:
+    """Share of a hashed kind's AUC loss that Cafe wins back at the same compression."""
+    baseline = name.replace("cafe", kind, 1)
     if not name.startswith("cafe") or baseline not in groups or "full" not in groups:
         return None
     full, hashed = _mean(groups["full"], "auc"), _mean(groups[baseline], "auc")
@@ -132,9 +132,10 @@ def as_json(config: TrainConfig, log: ClickLog, results: Sequence[Result]) -> di
         for metric, unit in _METRICS.items():
             full = _mean(groups["full"], metric) if "full" in groups and name != "full" else None
             add(f"{name}/{metric}", _mean(group, metric), unit, full, _spread(group, metric))
-        won = _won_back(name, groups)
-        if won is not None:
-            add(f"{name}/won_back", won, "share of hash's AUC loss", 0.0)
+        for kind, suffix in (("hash", ""), ("hash_whole", "_from_hash_whole")):
+            won = _won_back(name, groups, kind)
+            if won is not None:
+                add(f"{name}/won_back{suffix}", won, f"share of {kind}'s AUC loss", 0.0)
     return {
         "benchmark": "dlrm",
         "commit": _command_output("git", "rev-parse", "HEAD"),
