@@ -34,7 +34,9 @@ FORCE:
 .PHONY: FORCE train test check venv build lint format cpp-test cuda-compile pytest clean
 .NOTPARALLEL:
 
+# Options and data are checked in one process first: an error is one line, not a process group's traces.
 train: $(BUILT)
+	@python -m examples.dlrm.prepare $(TRAIN_ARGS)
 	@torchx run -s local_cwd torchx_components/dlrm.py:train $(if $(TRAIN_ARGS),-- $(TRAIN_ARGS))
 
 # pytest comes last, so that its summary is the last line.

@@ -22,10 +22,20 @@ from examples.dlrm.config import TrainConfig, parse_args
 from examples.dlrm.data import ClickLog, load_click_log
 from examples.dlrm.loop import Result, run
 
-_ERROR_STATUS = 2
+#: exit status after an error that is the caller's to mend
+ERROR_STATUS = 2
 
 
-def _load(config: TrainConfig) -> ClickLog:
+def load(config: TrainConfig) -> ClickLog:
+    """The data set of a run, prepared if it is not yet.
+
+    Args:
+        config: options of the run.
+
+    Raises:
+        ValueError: for options or data that cannot be used.
+        OSError: if a file cannot be read or written.
+    """
     return load_click_log(
         config.data,
         cache_dir=Path(config.cache_dir),
@@ -53,7 +63,7 @@ def _start() -> None:
     dist.init_process_group("nccl" if on_cuda else "gloo")
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep other packages' notices from burying the progress bars."""
     warnings.filterwarnings("ignore")
     logging.getLogger("torchrec").setLevel(logging.ERROR)
@@ -71,7 +81,7 @@ def train(config: TrainConfig) -> list[Result]:
         ValueError: for options or data that cannot be used.
         OSError: if a file cannot be read or written.
     """
-    log = _load(config)
+    log = load(config)
     _start()
     if dist.get_rank() == 0:
         print(json.dumps(dataclasses.asdict(config)))
@@ -96,13 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: command line without the program; ``None`` reads the process's own.
     """
-    _quieten()
+    quieten()
     try:
         train(parse_args(arguments))
     except (ValueError, OSError) as error:
         if _rank() == 0:
             print(f"error: {error}", file=sys.stderr)
-        return _ERROR_STATUS
+        return ERROR_STATUS
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -166,6 +166,20 @@ def test_what_cannot_be_sharded_says_so(tmp_path: Path):
     assert "share the group 'cafe_pool_0', so they must have the same optimizer" in mixed
 
 
+def _refused_plan() -> str:
+    impossible = {"t_big": tc.ParameterConstraints(table=tc.Cafe(compression=1e6))}
+    with pytest.raises(ValueError, match="leaves no row for table 't_big'") as error:
+        models.planner(impossible).collective_plan(
+            models.collection(), [models.sharder()], dist.group.WORLD
+        )
+    return str(error.value)
+
+
+def test_a_refusal_reaches_every_rank(tmp_path: Path):
+    first, second = run_ranks(2, tmp_path, _refused_plan)
+    assert first == second
+
+
 def _collective_plan() -> str:
     model = models.sharded(models.collection(), models.constraints())
     return str(model.plan)

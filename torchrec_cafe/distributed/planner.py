@@ -161,8 +161,12 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             sharders: as in :meth:`plan`.
             pg: process group of the plan.
         """
-        if sharders is None and self._kinds:
-            sharders = [EmbeddingBagCollectionSharder()]  # pyright: ignore[reportAssignmentType]
+        if self._kinds:
+            if sharders is None:
+                ours: Any = EmbeddingBagCollectionSharder()
+                sharders = [ours]
+            # A refusal has to reach every rank: the others would wait for rank 0's plan forever.
+            self._group_tables(module, sharders)
         return super().collective_plan(module, sharders, pg)
 
     def _group_tables(

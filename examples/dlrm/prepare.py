@@ -1,0 +1,60 @@
+"""Checks the options of a run and prepares its data, in one process, before any rank is started.
+
+``make train`` calls it first, so that an error is one line and not the traces of a process group.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from examples.dlrm.config import parse_args
+from examples.dlrm.model import constraints
+from examples.dlrm.train import ERROR_STATUS, load, quieten
+from torchrec_cafe.config import TableShape
+
+
+def prepare(arguments: Sequence[str] | None = None) -> None:
+    """Check the options, load the data and divide each kind's budget.
+
+    Args:
+        arguments: command line without the program; ``None`` reads the process's own.
+
+    Raises:
+        ValueError: for options or data that cannot be used.
+        OSError: if a file cannot be read or written.
+    """
+    config = parse_args(arguments)
+    log = load(config)
+    shapes = [
+        TableShape(
+            name=f"t_{feature.name}",
+            num_embeddings=feature.num_embeddings,
+            embedding_dim=config.embedding_dim,
+        )
+        for feature in log.features
+    ]
+    for kind in config.kinds:
+        for compression in config.compression:
+            (table,) = {c.table for c in constraints(log, kind, compression).values()}
+            if table is not None:
+                table.allocate(shapes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; errors are one line on standard error and exit status 2.
+
+    Args:
+        arguments: command line without the program; ``None`` reads the process's own.
+    """
+    quieten()
+    try:
+        prepare(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR_STATUS
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
