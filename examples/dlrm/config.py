@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any, NoReturn
 
 #: hash_whole: hash that may spend a quarter of its budget on whole small tables, as cafe does
 KINDS = ("full", "hash", "hash_whole", "cafe")
@@ -56,9 +58,7 @@ class TrainConfig:
         self._check_choice("kinds", self.kinds, KINDS)
         self._check_choice("optimizer", (self.optimizer,), OPTIMIZERS)
         self._check_choice("arch", (self.arch,), ARCHITECTURES)
-        for name in ("sample", "batch_size", "embedding_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        self._check_numbers()
         if self.embedding_dim % 4:
             raise ValueError(
                 f"--embedding_dim must be a multiple of 4 (FBGEMM's row alignment), got "
@@ -67,11 +67,35 @@ class TrainConfig:
         if not self.seed or not self.compression:
             raise ValueError("--seed and --compression need at least one value")
 
+    def _check_numbers(self) -> None:
+        least = {"sample": 1, "batch_size": 1, "embedding_dim": 1}
+        for name, lowest in (least | {"max_steps": 0, "num_embeddings": 0}).items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}")
+        for name in ("learning_rate", "dense_learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"--{name} must be finite and above 0, got {value:g}")
+        for value in self.compression:
+            if not (math.isfinite(value) and value >= 1):
+                raise ValueError(f"--compression must be finite and at least 1, got {value:g}")
+
     @staticmethod
     def _check_choice(name: str, values: tuple[str, ...], choices: tuple[str, ...]) -> None:
         unknown = [value for value in values if value not in choices]
         if unknown or not values:
             raise ValueError(f"--{name} must be of {', '.join(choices)}, got {', '.join(values)}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse would print and exit with; only rank 0 shows the help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            super().print_help(file)
 
 
 def _parser_of(annotation: str) -> Any:
@@ -89,9 +113,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> TrainConfig:
         arguments: command line without the program; ``None`` reads the process's own.
 
     Raises:
-        ValueError: if an option is out of range.
+        ValueError: if an option is unknown, cannot be read, or is out of range.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="examples.dlrm.train",
         description="Train a TorchRec DLRM with full, hashed and CAFE tables, and compare.",
         epilog=_EPILOG,

@@ -67,7 +67,7 @@ def run(config: TrainConfig, log: ClickLog, kind: str, compression: float, seed:
     label += f" seed {seed}" if len(config.seed) > 1 else ""
     speed = _train(config, log, model, optimizer, device, label)
     auc, log_loss = _evaluate(config, log, model, device, label)
-    resident = torch.tensor([tc.resident_bytes(model)], dtype=torch.int64)
+    resident = torch.tensor([tc.resident_bytes(model)], dtype=torch.int64, device=device)
     dist.all_reduce(resident)
     if config.checkpoint_dir:
         folder = Path(config.checkpoint_dir) / label.replace(" ", "_")
@@ -146,10 +146,14 @@ def _train(
                 start = time.perf_counter()
             loss, *_ = pipeline.progress(batches)
             bar.update(per_step)
-            if step % _SCALARS_EVERY == 0:
+            if step % _SCALARS_EVERY == 0 or step == steps - 1:
                 bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
                 if writer is not None:
-                    _write(writer, model, float(loss), (step + 1) * per_step)
+                    samples = (step + 1) * per_step
+                    _write(writer, model, float(loss), samples)
+                    if step > warm_up:
+                        speed = (step - warm_up) * per_step / (time.perf_counter() - start)
+                        writer.add_scalar("train/samples_per_second", speed, samples)
     elapsed = time.perf_counter() - start
     pipeline.detach()
     if writer is not None:

@@ -20,6 +20,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 import torchrec_cafe as tc
 from examples.dlrm.config import TrainConfig
 from examples.dlrm.data import ClickLog
+from torchrec_cafe.config import TableShape
 
 _OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -47,6 +48,31 @@ def constraints(log: ClickLog, kind: str, compression: float) -> dict[str, Any]:
     }
     table = kinds[kind]
     return {f"t_{feature.name}": tc.ParameterConstraints(table=table) for feature in log.features}
+
+
+def check_budgets(config: TrainConfig, log: ClickLog) -> None:
+    """Refuse a compression that leaves no row, before anything is trained.
+
+    Args:
+        config: options of the run.
+        log: the data set.
+
+    Raises:
+        ValueError: naming the largest compression that works.
+    """
+    shapes = [
+        TableShape(
+            name=f"t_{feature.name}",
+            num_embeddings=feature.num_embeddings,
+            embedding_dim=config.embedding_dim,
+        )
+        for feature in log.features
+    ]
+    for kind in config.kinds:
+        for compression in config.compression:
+            (table,) = {c.table for c in constraints(log, kind, compression).values()}
+            if table is not None:
+                table.allocate(shapes)
 
 
 def build_dlrm(config: TrainConfig, log: ClickLog) -> DLRMTrain:

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 
 from examples.dlrm.config import parse_args
-from examples.dlrm.model import constraints
+from examples.dlrm.model import check_budgets
 from examples.dlrm.train import ERROR_STATUS, load, quieten
-from torchrec_cafe.config import TableShape
 
 
 def prepare(arguments: Sequence[str] | None = None) -> None:
@@ -25,20 +24,7 @@ def prepare(arguments: Sequence[str] | None = None) -> None:
         OSError: if a file cannot be read or written.
     """
     config = parse_args(arguments)
-    log = load(config)
-    shapes = [
-        TableShape(
-            name=f"t_{feature.name}",
-            num_embeddings=feature.num_embeddings,
-            embedding_dim=config.embedding_dim,
-        )
-        for feature in log.features
-    ]
-    for kind in config.kinds:
-        for compression in config.compression:
-            (table,) = {c.table for c in constraints(log, kind, compression).values()}
-            if table is not None:
-                table.allocate(shapes)
+    check_budgets(config, load(config))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

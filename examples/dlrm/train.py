@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torchrec.distributed.planner.types import PlannerError
 
 from examples.dlrm import report
 from examples.dlrm.config import TrainConfig, parse_args
 from examples.dlrm.data import ClickLog, load_click_log
 from examples.dlrm.loop import Result, run
+from examples.dlrm.model import check_budgets
 
 #: exit status after an error that is the caller's to mend
 ERROR_STATUS = 2
@@ -82,6 +84,7 @@ def train(config: TrainConfig) -> list[Result]:
         OSError: if a file cannot be read or written.
     """
     log = load(config)
+    check_budgets(config, log)
     _start()
     if dist.get_rank() == 0:
         print(json.dumps(dataclasses.asdict(config)))
@@ -109,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quieten()
     try:
         train(parse_args(arguments))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, PlannerError) as error:
         if _rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return ERROR_STATUS

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from examples.dlrm.config import TrainConfig, parse_args
 from examples.dlrm.loop import Result
@@ -70,7 +71,9 @@ def test_two_ranks_train_every_kind_and_report(tmp_path: Path, criteo_file: Path
         assert values[f"{kind}/embedding_bytes"] <= dense / 4
     assert (tmp_path / "out" / "report.png").stat().st_size > 5000
     assert "| cafe |" in (tmp_path / "out" / "report.md").read_text()
-    assert list((tmp_path / "out" / "tensorboard").rglob("events.*"))
+    (events,) = (tmp_path / "out" / "tensorboard" / "cafe_4x").iterdir()
+    scalars = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {"train/loss", "train/samples_per_second"} <= set(scalars)
     assert (tmp_path / "checkpoints" / "cafe_4x" / ".metadata").is_file()
     shown = done.stdout + done.stderr
     assert "samples/s" in shown
@@ -152,6 +155,12 @@ def test_flags_are_the_fields_of_the_config():
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--optimizer", "lamb"], "--optimizer must be of rowwise_adagrad, adagrad, sgd"),
         (["--seed", ""], "need at least one value"),
+        (["--max_steps", "-1"], "--max_steps must be at least 0, got -1"),
+        (["--learning_rate", "nan"], "--learning_rate must be finite and above 0, got nan"),
+        (["--dense_learning_rate", "-1"], "--dense_learning_rate must be finite and above 0"),
+        (["--compression", "10,0.5"], "--compression must be finite and at least 1, got 0.5"),
+        (["--sample", "many"], "argument --sample: invalid int value: 'many'"),
+        (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
     ],
 )
 def test_options_out_of_range(arguments: list[str], message: str):
