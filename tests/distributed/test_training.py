@@ -168,6 +168,44 @@ def test_any_number_of_ranks_learns_the_same_hot_ids(tmp_path: Path, world_size:
             torch.testing.assert_close(joined, whole, msg=name)
 
 
+def _save(folder: str) -> dict[str, Tensor]:
+    sizes = {"t_big": 5000, "t_small": 12}
+    model = models.sharded(
+        models.collection(sizes),
+        {name: tc.ParameterConstraints(table=models.CAFE) for name in sizes},
+    )
+    for batch in models.batches(20, 24, sizes):
+        model(batch).values().pow(2).sum().backward()
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
+    return models.local_state(model)
+
+
+def _load(folder: str) -> dict[str, Tensor]:
+    sizes = {"t_big": 5000, "t_small": 12}
+    model = models.sharded(
+        models.collection(sizes),
+        {name: tc.ParameterConstraints(table=models.CAFE) for name in sizes},
+    )
+    loaded = {"model": model.state_dict()}
+    dcp.load(loaded, checkpoint_id=folder)
+    model.load_state_dict(loaded["model"])
+    state = models.local_state(model)
+    for batch in models.batches(2, 24, sizes):
+        model(batch).values().sum().backward()
+    return state
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_checkpoint_loads_on_another_number_of_ranks(tmp_path: Path, world_size: int):
+    folder = str(tmp_path / "checkpoint")
+    saved = run_ranks(2, tmp_path / "save", _save, folder)
+    loaded = run_ranks(world_size, tmp_path / "load", _load, folder)
+    for name in saved[0]:
+        before = torch.cat([part[name] for part in saved if name in part])
+        after = torch.cat([part[name] for part in loaded if name in part])
+        assert torch.equal(before, after), name
+
+
 def _pooled(weighted: bool) -> tuple[Tensor, Tensor]:
     """Mean pooling of a table in which every id has its row, sharded and not."""
     sizes = {"t_one": 50, "t_two": 31}
