@@ -32,7 +32,13 @@ def test_promise_is_kept_or_refused(sizes, compression, dim, kind):
     try:
         allocation = kind(compression=compression).allocate(tables)
     except ValueError as error:
-        assert "leaves no row" in str(error)  # noqa: PT017  a refusal is a valid outcome
+        message = str(error)
+        assert "leaves no row" in message  # noqa: PT017  a refusal is a valid outcome
+        if "largest compression that works is" in message:
+            kind(compression=float(message.rsplit(" ", 1)[1])).allocate(tables)
+        else:
+            with pytest.raises(ValueError, match="leaves no row"):
+                kind(compression=1).allocate(tables)
         return
     dense = sum(table.dense_bytes for table in tables)
     assert allocation.memory.dense_bytes == dense

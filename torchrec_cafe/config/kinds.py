@@ -11,8 +11,8 @@ Optimizer state follows the rows and is not part of the promise.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from torchrec_cafe.config.memory import (
@@ -70,18 +70,28 @@ def _budget(tables: Sequence[TableShape], compression: float) -> int:
     return math.floor(sum(table.dense_bytes for table in tables) / compression)
 
 
-def _too_small(tables: Sequence[TableShape], compression: float, needed: int) -> ValueError:
-    names = ", ".join(repr(table.name) for table in tables)
-    dense = sum(table.dense_bytes for table in tables)
-    nearest = math.floor(100 * dense / needed) / 100
+def _too_small(
+    tables: Sequence[TableShape], compression: float, fits: Callable[[float], bool]
+) -> ValueError:
+    """The refusal of a compression, with the largest that works, found by bisection."""
+    works, fails = 1.0, compression
+    while fails > 1.0001 * works:
+        middle = math.sqrt(works * fails)
+        works, fails = (middle, fails) if fits(middle) else (works, middle)
+    works = math.floor(100 * works) / 100
+    # Keeping one table more whole can make a lower compression the one that fails.
+    while works > 1 and not fits(works):
+        works = math.floor(99 * works) / 100
     advice = (
-        f"the largest compression that works is {nearest:g}"
-        if nearest >= 1
+        f"the largest compression that works is {works:.15g}"
+        if works >= 1 and fits(works)
         else "leave the table uncompressed"
     )
+    names = ", ".join(repr(table.name) for table in tables)
+    dense = sum(table.dense_bytes for table in tables)
     return ValueError(
-        f"compression={compression:g} leaves no row for table {names}: "
-        f"{dense} bytes / {compression:g} is less than the {needed} bytes needed; {advice}"
+        f"compression={compression:g} leaves no row for table {names}: {dense} bytes / "
+        f"{compression:g} is too little; {advice}"
     )
 
 
@@ -145,7 +155,9 @@ class Hash:
         budget = _budget(tables, self.compression)
         rows = budget // row_bytes
         if rows < len(tables):
-            raise _too_small(tables, self.compression, len(tables) * row_bytes)
+            raise _too_small(
+                tables, self.compression, lambda c: _budget(tables, c) >= len(tables) * row_bytes
+            )
         whole = _smallest(tables, math.floor(self.whole_fraction * budget))
         few = HASH_WHOLE_IDS / self.compression
         tiny = [table for table in tables if table.num_embeddings <= few]
@@ -248,6 +260,17 @@ class Cafe:
             ValueError: if the budget leaves a table without a row or the pool without a hot row
                 in each virtual shard.
         """
+        allocation = self._divide(tables)
+        if allocation is None:
+            raise _too_small(tables, self.compression, lambda c: self._fits(tables, c))
+        return allocation
+
+    def _fits(self, tables: Sequence[TableShape], compression: float) -> bool:
+        other = replace(self, compression=compression)
+        return other._divide(tables) is not None  # noqa: SLF001  of this very class
+
+    def _divide(self, tables: Sequence[TableShape]) -> Allocation | None:
+        """What :meth:`allocate` returns, or ``None`` if the budget is too small."""
         row_bytes = tables[0].row_bytes if tables else 0
         budget = _budget(tables, self.compression)
         whole = _smallest(tables, math.floor(self.whole_fraction * budget))
@@ -261,12 +284,7 @@ class Cafe:
             buckets = math.ceil(hot_rows * self.slots_per_hot_row / BUCKET_SLOTS)
             left -= fixed + self.num_shards * self._pool_bytes(hot_rows, buckets, row_bytes)
             if hot_rows < 1 or left < len(rest) * row_bytes:
-                one = self._pool_bytes(1, math.ceil(self.slots_per_hot_row / 4), row_bytes)
-                least = fixed + self.num_shards * one
-                needed = max(least / self.hot_fraction, least + len(rest) * row_bytes)
-                raise _too_small(
-                    tables, self.compression, math.ceil(needed + len(whole) * row_bytes)
-                )
+                return None
             shared |= _split_rows(rest, left // row_bytes, exponent=SHARED_ROWS_EXPONENT)
         pool = self.num_shards if rest else 0
         memory = MemoryBreakdown(
