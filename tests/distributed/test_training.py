@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
@@ -36,14 +37,21 @@ class Regression(nn.Module):
         return loss, loss.detach()
 
 
-def _train(folder: str, optimizer_type: EmbOptimType) -> dict[str, Any]:
-    torch.manual_seed(0)
+def _regression(
+    optimizer_type: EmbOptimType,
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """The sharded model, and the optimizer of its tables and its dense layer."""
     model = models.sharded(Regression(), models.constraints(), optimizer_type)
     dense = KeyedOptimizerWrapper(
         {n: p for n, p in model.named_parameters() if "dense" in n},
         lambda parameters: torch.optim.SGD(parameters, lr=0.02),
     )
-    optimizer = CombinedOptimizer([model.fused_optimizer, dense])
+    return model, CombinedOptimizer([model.fused_optimizer, dense])
+
+
+def _train(folder: str, optimizer_type: EmbOptimType) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, optimizer = _regression(optimizer_type)
     pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"))
     data = models.batches(60, 32)
     losses = [float(pipeline.progress(data)) for _ in range(60)]
@@ -54,12 +62,7 @@ def _train(folder: str, optimizer_type: EmbOptimType) -> dict[str, Any]:
     dcp.save(state, checkpoint_id=folder)
 
     torch.manual_seed(1)
-    other = models.sharded(Regression(), models.constraints(), optimizer_type)
-    other_dense = KeyedOptimizerWrapper(
-        {n: p for n, p in other.named_parameters() if "dense" in n},
-        lambda parameters: torch.optim.SGD(parameters, lr=0.02),
-    )
-    other_optimizer = CombinedOptimizer([other.fused_optimizer, other_dense])
+    other, other_optimizer = _regression(optimizer_type)
     loaded: dict[str, Any] = {"model": other.state_dict()}
     if optimizer_type != EmbOptimType.EXACT_SGD:  # which has no state, so that DCP has no key
         loaded["optimizer"] = other_optimizer.state_dict()
@@ -137,16 +140,11 @@ def _shapes(*names: str) -> list[Any]:
 
 def _learn(optimizer: EmbOptimType) -> dict[str, Tensor]:
     """Gradients that do not depend on the weights, so that any world sees the same importance."""
-    model = models.sharded(
-        models.collection({"t_big": 5000, "t_small": 12}),
-        {name: tc.ParameterConstraints(table=models.CAFE) for name in ("t_big", "t_small")},
-        optimizer,
-    )
+    model = _cafe(optimizer)
     models.set_weights(model)
     world_size, rank = dist.get_world_size(), dist.get_rank()
     batch_size = 48 // world_size
-    sizes = {"t_big": 5000, "t_small": 12}
-    for step, batch in enumerate(models.batches(30, batch_size, sizes)):
+    for step, batch in enumerate(models.batches(30, batch_size, CAFE_SIZES)):
         samples = torch.arange(rank * batch_size, (rank + 1) * batch_size)
         pull = (1 + (samples * 7 + step) % 5).float()[:, None] / 4
         # TorchRec divides the gradient of model-parallel tables by the number of ranks.
@@ -168,29 +166,30 @@ def test_any_number_of_ranks_learns_the_same_hot_ids(tmp_path: Path, world_size:
             torch.testing.assert_close(joined, whole, msg=name)
 
 
+CAFE_SIZES = {"t_big": 5000, "t_small": 12}
+
+
+def _cafe(optimizer: EmbOptimType) -> DistributedModelParallel:
+    """A collection of CAFE tables only."""
+    kinds = {name: tc.ParameterConstraints(table=models.CAFE) for name in CAFE_SIZES}
+    return models.sharded(models.collection(CAFE_SIZES), kinds, optimizer)
+
+
 def _save(folder: str) -> dict[str, Tensor]:
-    sizes = {"t_big": 5000, "t_small": 12}
-    model = models.sharded(
-        models.collection(sizes),
-        {name: tc.ParameterConstraints(table=models.CAFE) for name in sizes},
-    )
-    for batch in models.batches(20, 24, sizes):
+    model = _cafe(EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+    for batch in models.batches(20, 24, CAFE_SIZES):
         model(batch).values().pow(2).sum().backward()
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
     return models.local_state(model)
 
 
 def _load(folder: str) -> dict[str, Tensor]:
-    sizes = {"t_big": 5000, "t_small": 12}
-    model = models.sharded(
-        models.collection(sizes),
-        {name: tc.ParameterConstraints(table=models.CAFE) for name in sizes},
-    )
+    model = _cafe(EmbOptimType.EXACT_ROWWISE_ADAGRAD)
     loaded = {"model": model.state_dict()}
     dcp.load(loaded, checkpoint_id=folder)
     model.load_state_dict(loaded["model"])
     state = models.local_state(model)
-    for batch in models.batches(2, 24, sizes):
+    for batch in models.batches(2, 24, CAFE_SIZES):
         model(batch).values().sum().backward()
     return state
 
