@@ -6,7 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "hot_sketch_observe.h"
+#include "hot_sketch.h"
 #include "row_map.h"
 
 namespace torchrec_cafe {
@@ -32,64 +32,60 @@ inline void check_mix_ids(const Tensor& ids, const Tensor& feature_offsets,
                   "out_of_range must have as many elements as num_embeddings");
 }
 
-inline void check_sketch(const Tensor& keys, const Tensor& hot_rows) {
-  check_tensor(keys, "sketch_keys", ScalarType::Long, 3);
-  check_tensor(hot_rows, "sketch_hot_rows", ScalarType::Int, 3);
-  STD_TORCH_CHECK(keys.size(2) == kSlots, "sketch_keys must have ", kSlots, " slots a bucket");
-  for (int64_t d = 0; d < 3; ++d) {
-    STD_TORCH_CHECK(hot_rows.size(d) == keys.size(d), "sketch tensors differ in shape");
-  }
+inline void check_buckets(const Tensor& buckets) {
+  check_tensor(buckets, "buckets", ScalarType::Long, 3);
+  STD_TORCH_CHECK(buckets.size(2) * 8 == sizeof(Bucket), "buckets must be [shards, buckets, ",
+                  sizeof(Bucket) / 8, "]");
+}
+
+// Positions and bags are 32-bit.
+inline void check_count(int64_t count, const char* name) {
+  STD_TORCH_CHECK(count < (int64_t{1} << 31), name, " must have fewer than 2**31 elements");
 }
 
 inline void check_remap(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
-                        const Tensor& sketch_keys, const Tensor& sketch_hot_rows) {
+                        const Tensor& buckets, int64_t num_shards) {
   check_tensor(ids, "ids", ScalarType::Long, 1);
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
   check_tensor(tables, "tables", ScalarType::Long, 2);
-  check_sketch(sketch_keys, sketch_hot_rows);
+  check_buckets(buckets);
+  check_count(ids.numel(), "ids");
+  check_count(offsets.numel(), "offsets");
+  STD_TORCH_CHECK(num_shards >= 0 && num_shards <= 65536, "num_shards must be in [0, 65536]");
   STD_TORCH_CHECK(tables.size(1) == kTableColumns, "tables must have ", kTableColumns, " columns");
   STD_TORCH_CHECK(tables.size(0) > 0, "tables must have at least one row");
   STD_TORCH_CHECK(offsets.numel() > 0 && (offsets.numel() - 1) % tables.size(0) == 0,
                   "offsets must have features * batch + 1 elements");
 }
 
-inline void check_observe(const Tensor& keys, const Tensor& shards, const Tensor& importance,
-                          const Tensor& sketch_keys, const Tensor& sketch_scores,
-                          const Tensor& sketch_hot_rows, const Tensor& norms,
-                          const Tensor& inflation, const Tensor& counters) {
-  check_tensor(keys, "keys", ScalarType::Long, 1);
-  check_tensor(shards, "shards", ScalarType::Int, 1);
-  check_tensor(importance, "importance", ScalarType::Float, 1);
-  STD_TORCH_CHECK(shards.numel() == keys.numel() && importance.numel() == keys.numel(),
-                  "keys, shards and importance must have the same length");
-  check_sketch(sketch_keys, sketch_hot_rows);
-  check_tensor(sketch_scores, "sketch_scores", ScalarType::Float, 3);
-  STD_TORCH_CHECK(sketch_scores.numel() == sketch_keys.numel(), "sketch tensors differ in shape");
-  check_tensor(norms, "norms", ScalarType::Double, 3);
+inline void check_statistics(const Tensor& buckets, const Tensor& inflation,
+                             const Tensor& counters) {
+  check_buckets(buckets);
   check_tensor(inflation, "inflation", ScalarType::Double, 1);
   check_tensor(counters, "counters", ScalarType::Long, 2);
-  const int64_t shards_held = sketch_keys.size(0);
-  STD_TORCH_CHECK(norms.size(0) == shards_held && norms.size(2) == 2,
-                  "norms must be [shards, tables, 2]");
-  STD_TORCH_CHECK(inflation.size(0) == shards_held, "inflation must be [shards]");
-  STD_TORCH_CHECK(counters.size(0) == shards_held && counters.size(1) == kCounters,
+  STD_TORCH_CHECK(inflation.size(0) == buckets.size(0), "inflation must be [shards]");
+  STD_TORCH_CHECK(counters.size(0) == buckets.size(0) && counters.size(1) == kCounters,
                   "counters must be [shards, ", static_cast<int>(kCounters), "]");
 }
 
-inline void check_rebalance(const Tensor& selected, const Tensor& sketch_keys,
-                            const Tensor& sketch_scores, const Tensor& sketch_hot_rows,
-                            const Tensor& owners, const Tensor& inflation, const Tensor& counters) {
+inline void check_observe(const Tensor& keys, const Tensor& shards, const Tensor& importance,
+                          const Tensor& buckets, const Tensor& inflation, const Tensor& counters) {
+  check_tensor(keys, "keys", ScalarType::Long, 1);
+  check_tensor(shards, "shards", ScalarType::Int, 1);
+  check_tensor(importance, "importance", ScalarType::Float, 1);
+  check_count(keys.numel(), "keys");
+  STD_TORCH_CHECK(shards.numel() == keys.numel() && importance.numel() == keys.numel(),
+                  "keys, shards and importance must have the same length");
+  check_statistics(buckets, inflation, counters);
+  STD_TORCH_CHECK(buckets.size(0) == 0 || buckets.size(1) > 0, "buckets must not be empty");
+}
+
+inline void check_rebalance(const Tensor& selected, const Tensor& buckets, const Tensor& owners,
+                            const Tensor& inflation, const Tensor& counters) {
   check_tensor(selected, "selected", ScalarType::Long, 1);
-  check_sketch(sketch_keys, sketch_hot_rows);
-  check_tensor(sketch_scores, "sketch_scores", ScalarType::Float, 3);
-  STD_TORCH_CHECK(sketch_scores.numel() == sketch_keys.numel(), "sketch tensors differ in shape");
+  check_statistics(buckets, inflation, counters);
   check_tensor(owners, "owners", ScalarType::Int, 2);
-  check_tensor(inflation, "inflation", ScalarType::Double, 1);
-  check_tensor(counters, "counters", ScalarType::Long, 2);
-  STD_TORCH_CHECK(owners.size(0) == sketch_keys.size(0), "owners must be [shards, hot rows]");
-  STD_TORCH_CHECK(inflation.size(0) == sketch_keys.size(0), "inflation must be [shards]");
-  STD_TORCH_CHECK(counters.size(0) == sketch_keys.size(0) && counters.size(1) == kCounters,
-                  "counters must be [shards, ", static_cast<int>(kCounters), "]");
+  STD_TORCH_CHECK(owners.size(0) == buckets.size(0), "owners must be [shards, hot rows]");
 }
 
 }  // namespace torchrec_cafe

@@ -3,10 +3,12 @@
 
 #include <cstdint>
 
+// Always inlined: cpu/ compiles the same headers for several instruction sets, and the linker must
+// not choose one set's copy of a function for all of them.
 #if defined(__CUDACC__)
-#define CAFE_HOST_DEVICE __host__ __device__
+#define CAFE_HOST_DEVICE __host__ __device__ __attribute__((always_inline))
 #else
-#define CAFE_HOST_DEVICE
+#define CAFE_HOST_DEVICE __attribute__((always_inline))
 #endif
 
 namespace torchrec_cafe {

@@ -55,9 +55,9 @@ def test_breakdown_counts_what_is_allocated():
         shards=allocation.num_shards,
         buckets=allocation.buckets_per_shard,
         hot_rows=allocation.hot_rows_per_shard,
-        tables=len(allocation.tracked),
     )
-    assert state.num_bytes == memory.sketch_bytes + memory.map_bytes
+    norms = 16 * allocation.num_shards * len(allocation.tracked)  # float64 [shards, tables, 2]
+    assert state.num_bytes + norms == memory.sketch_bytes + memory.map_bytes
     assert memory.hot_bytes == allocation.num_shards * allocation.hot_rows_per_shard * 64
     assert memory.shared_bytes == sum(allocation.shared_rows.values()) * 64
     # Little of the budget is left unused.

@@ -1,97 +1,101 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/kernels.h"
+#include "cpu/observe_in_parallel.h"
 #include "sketch_tensors.h"
 
 namespace torchrec_cafe {
 namespace {
 
-// Positions of the occurrences, grouped by shard and in batch order within each: what makes the
-// result independent of the number of threads.
-struct ByShard {
-  std::vector<int32_t> order;
-  std::vector<int64_t> begins;
+// Below this many occurrences per thread, starting the threads costs more than they save.
+constexpr int64_t kOccurrencesPerThread = 2048;
 
-  ByShard(const int32_t* shards, int64_t size, int64_t num_shards) : begins(num_shards + 1, 0) {
-    for (int64_t i = 0; i < size; ++i) {
-      STD_TORCH_CHECK(shards[i] >= -1 && shards[i] < num_shards, "shards must be in [-1, ",
-                      num_shards, "), got ", shards[i]);
-      if (shards[i] >= 0) ++begins[shards[i] + 1];
-    }
-    for (int64_t s = 0; s < num_shards; ++s) begins[s + 1] += begins[s];
-    order.resize(begins[num_shards]);
-    std::vector<int64_t> next(begins.begin(), begins.end() - 1);
-    for (int64_t i = 0; i < size; ++i) {
-      if (shards[i] >= 0) order[next[shards[i]]++] = static_cast<int32_t>(i);
-    }
+void check_shards(const int32_t* shards, int64_t size, int64_t num_shards) {
+  int32_t least = 0;
+  int32_t most = -1;
+  for (int64_t i = 0; i < size; ++i) {
+    least = std::min(least, shards[i]);
+    most = std::max(most, shards[i]);
   }
-};
-
-void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importance,
-                 const Tensor& sketch_keys, const Tensor& sketch_scores,
-                 const Tensor& sketch_hot_rows, const Tensor& norms, const Tensor& inflation,
-                 const Tensor& counters, double growth, double norm_decay) {
-  check_observe(keys, shards, importance, sketch_keys, sketch_scores, sketch_hot_rows, norms,
-                inflation, counters);
-  const int64_t num_shards = sketch_keys.size(0);
-  const SketchPointers sketch =
-      sketch_pointers(sketch_keys, sketch_hot_rows, &sketch_scores, nullptr);
-  const StatisticsPointers stats = statistics_pointers(norms, inflation, counters);
-  const int64_t* key_in = keys.const_data_ptr<int64_t>();
-  const float* importance_in = importance.const_data_ptr<float>();
-  const ByShard groups(shards.const_data_ptr<int32_t>(), keys.numel(), num_shards);
-  for (int64_t i = 0; i < keys.numel() && stats.num_tables > 0; ++i) {
-    const int64_t table = table_of(key_in[i]);
-    STD_TORCH_CHECK(table >= 0 && table < stats.num_tables, "keys[", i, "] is of table ", table,
-                    ", but norms has ", stats.num_tables);
-  }
-  torch::stable::parallel_for(0, num_shards, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      const Occurrences seen{groups.order.data() + groups.begins[s],
-                             groups.begins[s + 1] - groups.begins[s], key_in, importance_in};
-      observe(sketch.shard(s), seen, stats.shard(s), growth, norm_decay);
-    }
-  });
+  STD_TORCH_CHECK(least >= -1 && most < num_shards, "`shards` must be in [-1, ", num_shards,
+                  "), got ", least < -1 ? least : most);
 }
 
-std::tuple<Tensor, Tensor> rebalance_cpu(const Tensor& selected, const Tensor& sketch_keys,
-                                         const Tensor& sketch_scores, const Tensor& sketch_hot_rows,
+void inflate_shards(const HotSketch& sketch, double* inflation, double growth) {
+  for (int64_t s = 0; s < sketch.num_shards; ++s) {
+    if (!inflate(inflation[s], growth)) continue;
+    kernels().renormalise(sketch.buckets + s * sketch.num_buckets, sketch.num_buckets);
+  }
+}
+
+void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importance,
+                 const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
+                 double growth) {
+  check_observe(keys, shards, importance, buckets, inflation, counters);
+  const HotSketch sketch = hot_sketch(buckets);
+  const int64_t size = keys.numel();
+  double* inflated = inflation.mutable_data_ptr<double>();
+  const Occurrences seen{keys.const_data_ptr<int64_t>(), shards.const_data_ptr<int32_t>(),
+                         importance.const_data_ptr<float>(), inflated};
+  check_shards(seen.shards, size, sketch.num_shards);
+  inflate_shards(sketch, inflated, growth);
+
+  const int64_t num_threads =
+      std::clamp<int64_t>(size / kOccurrencesPerThread, 1, torch::stable::get_num_threads());
+  std::vector<Events> events(num_threads * sketch.num_shards);
+  if (num_threads == 1) {
+    kernels().observe(sketch, seen, 0, size, events.data());
+  } else {
+    observe_in_parallel(kernels(), sketch, seen, size, num_threads, events.data(),
+                        [](int64_t tasks, const auto& run) {
+                          torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+                            for (int64_t task = begin; task < end; ++task) run(task);
+                          });
+                        });
+  }
+  int64_t* counts = counters.mutable_data_ptr<int64_t>();
+  for (int64_t s = 0; s < sketch.num_shards; ++s) {
+    counts[s * kCounters + kSteps] += 1;
+    for (int64_t t = 0; t < num_threads; ++t) {
+      const Events& event = events[t * sketch.num_shards + s];
+      counts[s * kCounters + kNonFinite] += event.non_finite;
+      counts[s * kCounters + kSkippedKeys] += event.by_insertion[kSkipped];
+      counts[s * kCounters + kReplacedKeys] += event.by_insertion[kReplaced];
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> rebalance_cpu(const Tensor& selected, const Tensor& buckets,
                                          const Tensor& owners, const Tensor& inflation,
                                          const Tensor& counters, double min_score,
                                          double hysteresis) {
-  check_rebalance(selected, sketch_keys, sketch_scores, sketch_hot_rows, owners, inflation,
-                  counters);
+  check_rebalance(selected, buckets, owners, inflation, counters);
+  const RebalanceState state = rebalance_state(buckets, owners, inflation, counters);
   const int64_t num_selected = selected.numel();
-  const int64_t num_shards = sketch_keys.size(0);
-  const int64_t num_hot_rows = owners.size(1);
-  const SketchPointers sketch =
-      sketch_pointers(sketch_keys, sketch_hot_rows, &sketch_scores, &owners);
   Tensor actions =
-      torch::stable::new_empty(selected, {num_selected, num_hot_rows}, ScalarType::Char);
-  Tensor new_keys = torch::stable::new_empty(selected, {num_selected, num_hot_rows});
+      torch::stable::new_empty(selected, {num_selected, state.num_hot_rows}, ScalarType::Char);
+  Tensor new_keys = torch::stable::new_empty(selected, {num_selected, state.num_hot_rows});
   const int64_t* chosen = selected.const_data_ptr<int64_t>();
-  const double* inflated = inflation.const_data_ptr<double>();
-  int64_t* counts = counters.mutable_data_ptr<int64_t>();
   int8_t* actions_out = actions.mutable_data_ptr<int8_t>();
   int64_t* keys_out = new_keys.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < num_selected; ++i) {
-    STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < num_shards, "selected must be in [0, ",
-                    num_shards, "), got ", chosen[i]);
-    STD_TORCH_CHECK(i == 0 || chosen[i] > chosen[i - 1], "selected must ascend");
+    STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < state.sketch.num_shards,
+                    "`selected` must be in [0, ", state.sketch.num_shards, "), got ", chosen[i]);
+    STD_TORCH_CHECK(i == 0 || chosen[i] > chosen[i - 1], "`selected` must ascend");
   }
   torch::stable::parallel_for(0, num_selected, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t s = chosen[i];
-      const RebalanceCounts done =
-          rebalance(sketch.shard(s), static_cast<float>(min_score * inflated[s]),
-                    static_cast<float>(hysteresis), actions_out + i * num_hot_rows,
-                    keys_out + i * num_hot_rows);
-      counts[s * kCounters + kPromoted] += done.promoted;
-      counts[s * kCounters + kDemoted] += done.demoted;
+      int64_t* counts = state.counters + chosen[i] * kCounters;
+      kernels().rebalance(state.shard(chosen[i]),
+                          static_cast<float>(min_score * state.inflation[chosen[i]]),
+                          static_cast<float>(hysteresis), actions_out + i * state.num_hot_rows,
+                          keys_out + i * state.num_hot_rows, counts + kPromoted, counts + kDemoted);
     }
   });
   return {actions, new_keys};

@@ -20,11 +20,11 @@ Tensor mix_ids_cpu(const Tensor& ids, const Tensor& feature_offsets, const Tenso
   int64_t last = 0;  // offsets that do not fit would send the loop below out of bounds
   for (int64_t f = 0; f <= num_features; ++f) {
     STD_TORCH_CHECK(offsets[f] >= last && offsets[f] <= ids.numel(),
-                    "feature_offsets must ascend from 0 to the number of ids");
+                    "`feature_offsets` must ascend from 0 to the number of ids");
     last = offsets[f];
   }
   STD_TORCH_CHECK(offsets[0] == 0 && last == ids.numel(),
-                  "feature_offsets must ascend from 0 to the number of ids");
+                  "`feature_offsets` must ascend from 0 to the number of ids");
   torch::stable::parallel_for(0, num_features, 1, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; ++f) {
       const int64_t n = sizes[f];

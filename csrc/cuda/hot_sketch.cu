@@ -1,4 +1,4 @@
-#include <tuple>
+#include <cub/device/device_radix_sort.cuh>
 
 #include "checks.h"
 #include "launch.cuh"
@@ -7,136 +7,184 @@
 namespace torchrec_cafe {
 namespace {
 
-// One warp per shard: how many of the occurrences are the shard's.
-__global__ void count_kernel(const int32_t* __restrict__ shards, int64_t size, int64_t num_shards,
-                             int64_t* __restrict__ counts) {
-  const int64_t shard = first_index() / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  if (shard >= num_shards) return;
-  int64_t count = 0;
-  for (int64_t i = lane; i < size; i += kWarp) count += shards[i] == shard;
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    count += __shfl_down_sync(0xffffffffu, count, offset);
-  }
-  if (lane == 0) counts[shard] = count;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// Occurrences sorted by bucket, in batch order within a bucket.
+struct SortedOccurrences {
+  const uint32_t* buckets;
+  const int64_t* keys;
+  const float* scores;
+  int64_t size;
+};
+
+__device__ void add_to(int64_t* counter, int64_t amount) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(counter),
+            static_cast<unsigned long long>(amount));
 }
 
-// One warp per shard: the shard's occurrences in batch order, so that the result does not depend on
-// the schedule. Occurrences of a table that the statistics do not have are left out.
-__global__ void order_kernel(const int32_t* __restrict__ shards, const int64_t* __restrict__ keys,
-                             int64_t size, int64_t num_shards, int64_t num_tables,
-                             const int64_t* __restrict__ counts, int64_t* __restrict__ begins,
-                             int64_t* __restrict__ sizes, int32_t* __restrict__ order) {
-  const int64_t shard = first_index() / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  if (shard >= num_shards) return;
-  int64_t begin = 0;
-  for (int64_t s = 0; s < shard; ++s) begin += counts[s];
-  int64_t next = begin;
-  for (int64_t start = 0; start < size; start += kWarp) {
-    const int64_t i = start + lane;
-    const bool mine = i < size && shards[i] == shard &&
-                      (num_tables == 0 || (keys[i] >= 0 && table_of(keys[i]) < num_tables));
-    const unsigned votes = __ballot_sync(0xffffffffu, mine);
-    if (mine) order[next + __popc(votes & ((1u << lane) - 1))] = static_cast<int32_t>(i);
-    next += __popc(votes);
-  }
-  if (lane == 0) {
-    begins[shard] = begin;
-    sizes[shard] = next - begin;
-  }
-}
-
-__global__ void observe_kernel(SketchPointers sketch, StatisticsPointers stats, int64_t num_shards,
-                               const int64_t* __restrict__ begins,
-                               const int64_t* __restrict__ sizes, const int32_t* __restrict__ order,
-                               const int64_t* __restrict__ keys,
-                               const float* __restrict__ importance, double growth,
-                               double norm_decay) {
+// One thread per shard.
+__global__ void inflate_kernel(int64_t num_shards, double growth, double* inflation,
+                               int64_t* counters, int32_t* renormalise) {
   const int64_t shard = first_index();
   if (shard >= num_shards) return;
-  const Occurrences seen{order + begins[shard], sizes[shard], keys, importance};
-  observe(sketch.shard(shard), seen, stats.shard(shard), growth, norm_decay);
+  renormalise[shard] = inflate(inflation[shard], growth) ? 1 : 0;
+  ++counters[shard * kCounters + kSteps];
+}
+
+// One thread per bucket; hardly ever has anything to do.
+__global__ void renormalise_kernel(HotSketch sketch, const int32_t* __restrict__ renormalise) {
+  const int64_t size = sketch.num_shards * sketch.num_buckets;
+  for (int64_t b = first_index(); b < size; b += index_stride()) {
+    if (renormalise[b / sketch.num_buckets] == 0) continue;
+    for (float& score : sketch.buckets[b].scores) score *= kRenormalise;
+  }
+}
+
+// What is not tracked, or not finite, goes behind all buckets.
+__global__ void route_kernel(HotSketch sketch, const int64_t* __restrict__ keys,
+                             const int32_t* __restrict__ shards,
+                             const float* __restrict__ importance, int64_t size,
+                             uint32_t* __restrict__ buckets, int32_t* __restrict__ positions,
+                             int64_t* counters) {
+  const auto nowhere = static_cast<uint32_t>(sketch.num_shards * sketch.num_buckets);
+  for (int64_t i = first_index(); i < size; i += index_stride()) {
+    const int32_t shard = shards[i];
+    const bool tracked = shard >= 0 && shard < sketch.num_shards;
+    const bool valid = is_importance(importance[i]);
+    if (tracked && !valid) add_to(counters + shard * kCounters + kNonFinite, 1);
+    buckets[i] =
+        tracked && valid ? static_cast<uint32_t>(sketch.bucket_index(shard, keys[i])) : nowhere;
+    positions[i] = static_cast<int32_t>(i);
+  }
+}
+
+__global__ void gather_kernel(HotSketch sketch, const int64_t* __restrict__ keys,
+                              const float* __restrict__ importance,
+                              const double* __restrict__ inflation,
+                              const uint32_t* __restrict__ buckets,
+                              const int32_t* __restrict__ positions, int64_t size,
+                              int64_t* __restrict__ sorted_keys,
+                              float* __restrict__ sorted_scores) {
+  const int64_t nowhere = sketch.num_shards * sketch.num_buckets;
+  for (int64_t i = first_index(); i < size; i += index_stride()) {
+    if (buckets[i] >= nowhere) continue;
+    sorted_keys[i] = keys[positions[i]];
+    sorted_scores[i] =
+        score_of(importance[positions[i]], inflation[buckets[i] / sketch.num_buckets]);
+  }
+}
+
+// The whole warp applies one bucket's occurrences, the bucket in the registers of every lane.
+__device__ void insert_all(const HotSketch& sketch, const SortedOccurrences& seen, int64_t begin,
+                           int64_t* counters) {
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t index = seen.buckets[begin];
+  Bucket bucket = sketch.buckets[index];
+  int64_t replaced = 0;
+  int64_t skipped = 0;
+  int count = kWarp;
+  for (int64_t chunk = begin; count == kWarp; chunk += kWarp) {
+    const int64_t i = chunk + lane;
+    const bool mine = i < seen.size && seen.buckets[i] == index;
+    const int64_t key = mine ? seen.keys[i] : 0;
+    const float score = mine ? seen.scores[i] : 0.0f;
+    count = __popc(__ballot_sync(kWholeWarp, mine));
+    for (int j = 0; j < count; ++j) {
+      const Insertion outcome =
+          insert(bucket, __shfl_sync(kWholeWarp, key, j), __shfl_sync(kWholeWarp, score, j));
+      replaced += outcome == kReplaced;
+      skipped += outcome == kSkipped;
+    }
+  }
+  if (lane != 0) return;
+  sketch.buckets[index] = bucket;
+  int64_t* counts = counters + index / sketch.num_buckets * kCounters;
+  if (replaced > 0) add_to(counts + kReplacedKeys, replaced);
+  if (skipped > 0) add_to(counts + kSkippedKeys, skipped);
+}
+
+// One warp for every 32 sorted occurrences: it takes the buckets that begin there.
+__global__ void insert_kernel(HotSketch sketch, SortedOccurrences seen, int64_t* counters) {
+  const int64_t warps = index_stride() / kWarp;
+  const int64_t nowhere = sketch.num_shards * sketch.num_buckets;
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t warp = first_index() / kWarp; warp * kWarp < seen.size; warp += warps) {
+    const int64_t i = warp * kWarp + lane;
+    const bool begins = i < seen.size && seen.buckets[i] < nowhere &&
+                        (i == 0 || seen.buckets[i - 1] != seen.buckets[i]);
+    unsigned left = __ballot_sync(kWholeWarp, begins);
+    for (; left != 0; left &= left - 1) {
+      insert_all(sketch, seen, warp * kWarp + __ffs(left) - 1, counters);
+      __syncwarp();
+    }
+  }
+}
+
+// Sorts positions by bucket; equal buckets keep their order.
+void sort_by_bucket(const Tensor& like, cudaStream_t stream, const Tensor& buckets,
+                    const Tensor& positions, int64_t size, int bits) {
+  auto* keys = static_cast<uint32_t*>(buckets.data_ptr());
+  auto* values = static_cast<int32_t*>(positions.data_ptr());
+  size_t bytes = 0;
+  const auto run = [&](void* storage) {
+    return cub::DeviceRadixSort::SortPairs(storage, bytes, keys, keys + size, values, values + size,
+                                           static_cast<int>(size), 0, bits, stream);
+  };
+  STD_CUDA_CHECK(run(nullptr));
+  const Tensor storage =
+      torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  STD_CUDA_CHECK(run(storage.data_ptr()));
 }
 
 void observe_cuda(const Tensor& keys, const Tensor& shards, const Tensor& importance,
-                  const Tensor& sketch_keys, const Tensor& sketch_scores,
-                  const Tensor& sketch_hot_rows, const Tensor& norms, const Tensor& inflation,
-                  const Tensor& counters, double growth, double norm_decay) {
-  check_observe(keys, shards, importance, sketch_keys, sketch_scores, sketch_hot_rows, norms,
-                inflation, counters);
+                  const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
+                  double growth) {
+  check_observe(keys, shards, importance, buckets, inflation, counters);
   const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
-  const int64_t num_shards = sketch_keys.size(0);
+  const HotSketch sketch = hot_sketch(buckets);
   const int64_t size = keys.numel();
-  if (num_shards == 0) return;
+  const int64_t num_buckets = sketch.num_shards * sketch.num_buckets;
+  STD_TORCH_CHECK(num_buckets < 0xffffffffLL, "`buckets` must be fewer than 2**32 - 1 on a GPU");
+  if (sketch.num_shards == 0) return;
   const cudaStream_t stream = current_stream(keys);
-  Tensor ranges = torch::stable::new_empty(keys, {3, num_shards});
-  int64_t* counts = ranges.mutable_data_ptr<int64_t>();
-  int64_t* begins = counts + num_shards;
-  int64_t* sizes = begins + num_shards;
-  Tensor order = torch::stable::new_empty(keys, {size}, ScalarType::Int);
-  const int warps = grid_size(num_shards * kWarp);
-  count_kernel<<<warps, kThreads, 0, stream>>>(shards.const_data_ptr<int32_t>(), size, num_shards,
-                                               counts);
+  auto* counts = static_cast<int64_t*>(counters.data_ptr());
+  auto* inflated = static_cast<double*>(inflation.data_ptr());
+  const Tensor renormalise = torch::stable::new_empty(keys, {sketch.num_shards}, ScalarType::Int);
+  auto* flags = static_cast<int32_t*>(renormalise.data_ptr());
+  inflate_kernel<<<grid_size(sketch.num_shards), kThreads, 0, stream>>>(sketch.num_shards, growth,
+                                                                        inflated, counts, flags);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  order_kernel<<<warps, kThreads, 0, stream>>>(
-      shards.const_data_ptr<int32_t>(), keys.const_data_ptr<int64_t>(), size, num_shards,
-      norms.size(1), counts, begins, sizes, order.mutable_data_ptr<int32_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  const SketchPointers sketch =
-      sketch_pointers(sketch_keys, sketch_hot_rows, &sketch_scores, nullptr);
-  const StatisticsPointers stats = statistics_pointers(norms, inflation, counters);
-  observe_kernel<<<grid_size(num_shards * kWarp), kWarp, 0, stream>>>(
-      sketch, stats, num_shards, begins, sizes, order.const_data_ptr<int32_t>(),
-      keys.const_data_ptr<int64_t>(), importance.const_data_ptr<float>(), growth, norm_decay);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
+  if (growth > 1.0) {
+    renormalise_kernel<<<grid_size(num_buckets), kThreads, 0, stream>>>(sketch, flags);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  if (size == 0) return;
 
-__global__ void rebalance_kernel(SketchPointers sketch, const int64_t* __restrict__ selected,
-                                 int64_t num_selected, int64_t num_shards,
-                                 const double* __restrict__ inflation, int64_t* counters,
-                                 double min_score, float hysteresis, int8_t* __restrict__ actions,
-                                 int64_t* __restrict__ new_keys) {
-  const int64_t i = first_index();
-  if (i >= num_selected) return;
-  const int64_t shard = selected[i];
-  if (shard < 0 || shard >= num_shards || (i > 0 && shard <= selected[i - 1])) return;
-  const RebalanceCounts done =
-      rebalance(sketch.shard(shard), static_cast<float>(min_score * inflation[shard]), hysteresis,
-                actions + i * sketch.num_hot_rows, new_keys + i * sketch.num_hot_rows);
-  counters[shard * kCounters + kPromoted] += done.promoted;
-  counters[shard * kCounters + kDemoted] += done.demoted;
-}
-
-std::tuple<Tensor, Tensor> rebalance_cuda(const Tensor& selected, const Tensor& sketch_keys,
-                                          const Tensor& sketch_scores,
-                                          const Tensor& sketch_hot_rows, const Tensor& owners,
-                                          const Tensor& inflation, const Tensor& counters,
-                                          double min_score, double hysteresis) {
-  check_rebalance(selected, sketch_keys, sketch_scores, sketch_hot_rows, owners, inflation,
-                  counters);
-  const torch::stable::accelerator::DeviceGuard guard(selected.get_device_index());
-  const int64_t num_selected = selected.numel();
-  const SketchPointers sketch =
-      sketch_pointers(sketch_keys, sketch_hot_rows, &sketch_scores, &owners);
-  Tensor actions =
-      torch::stable::new_zeros(selected, {num_selected, owners.size(1)}, ScalarType::Char);
-  Tensor new_keys = torch::stable::new_zeros(selected, {num_selected, owners.size(1)});
-  if (num_selected == 0) return {actions, new_keys};
-  rebalance_kernel<<<grid_size(num_selected * kWarp), kWarp, 0, current_stream(selected)>>>(
-      sketch, selected.const_data_ptr<int64_t>(), num_selected, sketch_keys.size(0),
-      inflation.const_data_ptr<double>(), counters.mutable_data_ptr<int64_t>(), min_score,
-      static_cast<float>(hysteresis), actions.mutable_data_ptr<int8_t>(),
-      new_keys.mutable_data_ptr<int64_t>());
+  const Tensor where = torch::stable::new_empty(keys, {2, size}, ScalarType::Int);
+  const Tensor positions = torch::stable::new_empty(keys, {2, size}, ScalarType::Int);
+  const Tensor sorted_keys = torch::stable::new_empty(keys, {size});
+  const Tensor sorted_scores = torch::stable::new_empty(keys, {size}, ScalarType::Float);
+  auto* to = static_cast<uint32_t*>(where.data_ptr());
+  auto* from = static_cast<int32_t*>(positions.data_ptr());
+  route_kernel<<<grid_size(size), kThreads, 0, stream>>>(
+      sketch, keys.const_data_ptr<int64_t>(), shards.const_data_ptr<int32_t>(),
+      importance.const_data_ptr<float>(), size, to, from, counts);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {actions, new_keys};
+  sort_by_bucket(keys, stream, where, positions, size,
+                 ceil_log2(static_cast<uint64_t>(num_buckets) + 1));
+  gather_kernel<<<grid_size(size), kThreads, 0, stream>>>(
+      sketch, keys.const_data_ptr<int64_t>(), importance.const_data_ptr<float>(), inflated,
+      to + size, from + size, size, static_cast<int64_t*>(sorted_keys.data_ptr()),
+      static_cast<float*>(sorted_scores.data_ptr()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const SortedOccurrences seen{to + size, static_cast<int64_t*>(sorted_keys.data_ptr()),
+                               static_cast<float*>(sorted_scores.data_ptr()), size};
+  insert_kernel<<<grid_size(size), kThreads, 0, stream>>>(sketch, seen, counts);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) {
-  m.impl("observe", TORCH_BOX(&observe_cuda));
-  m.impl("rebalance", TORCH_BOX(&rebalance_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) { m.impl("observe", TORCH_BOX(&observe_cuda)); }
 
 }  // namespace torchrec_cafe

@@ -10,42 +10,49 @@ namespace {
 
 using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// lengths[1 + b * F + f] = length of bag (f, b); lengths[0] = 0.
+// lengths[1 + b * F + f] = length of bag (f, b); lengths[0] = 0. Lengths below 0, from offsets that
+// descend, count as 0.
 __global__ void bag_lengths_kernel(const int64_t* __restrict__ offsets, int64_t num_features,
                                    int64_t batch_size, int64_t* __restrict__ lengths) {
   const int64_t num_bags = num_features * batch_size;
   for (int64_t bag = first_index(); bag < num_bags; bag += index_stride()) {
     const int64_t* in = offsets + (bag % num_features) * batch_size + bag / num_features;
-    lengths[1 + bag] = in[1] - in[0];
+    lengths[1 + bag] = max(in[1] - in[0], int64_t{0});
     if (bag == 0) lengths[0] = 0;
   }
 }
 
-struct RemapOutputs {
+struct RemapOutput {
   int64_t* rows;
-  int64_t* source;
-  int64_t* bags;
+  int32_t* source;
+  int32_t* bags;
   int64_t* keys;
   int32_t* shards;
 };
 
-__global__ void remap_kernel(RemapLayout layout, const int64_t* __restrict__ ids, int64_t num_ids,
-                             const int64_t* __restrict__ offsets,
-                             const int64_t* __restrict__ out_offsets, RemapOutputs out) {
-  const int64_t num_bags = layout.num_features * layout.batch_size;
+__global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __restrict__ ids,
+                             int64_t num_ids, const int64_t* __restrict__ offsets,
+                             const int64_t* __restrict__ out_offsets, RemapOutput out) {
+  const int64_t num_bags = map.num_features * map.batch_size;
   for (int64_t bag = first_index(); bag < num_bags; bag += index_stride()) {
-    const int64_t feature = bag % layout.num_features;
-    const Table table = Table::load(layout.tables, feature);
-    const int64_t first = offsets[feature * layout.batch_size + bag / layout.num_features];
+    const int64_t feature = bag % map.num_features;
+    const Table table = Table::load(map.tables, feature);
+    const int64_t first = offsets[feature * map.batch_size + bag / map.num_features];
     const int64_t end = min(out_offsets[bag + 1], num_ids);
     for (int64_t i = out_offsets[bag]; i < end; ++i) {
       const int64_t from = first + i - out_offsets[bag];
-      const RemapLayout::Place place = layout.place(table, ids[from]);
-      out.rows[i] = place.row;
-      out.source[i] = from;
-      out.bags[i] = bag;
-      out.keys[i] = place.key;
-      out.shards[i] = place.shard;
+      if (from < 0 || from >= num_ids) continue;
+      const int64_t mixed_id = table.first_id + ids[from];
+      const int64_t shared_row = table.shared_row(mixed_id);
+      const int64_t key = table.index < 0 ? 0 : table.key(mixed_id);
+      const int32_t shard = map.held_shard(table, shared_row);
+      int32_t row = kCold;
+      if (shard >= 0) row = hot_row(sketch.buckets[sketch.bucket_index(shard, key)], key);
+      out.rows[i] = row >= 0 ? map.physical_row(shard, row) : table.row_offset + shared_row;
+      out.source[i] = static_cast<int32_t>(from);
+      out.bags[i] = static_cast<int32_t>(bag);
+      out.keys[i] = key;
+      out.shards[i] = shard;
     }
   }
 }
@@ -60,41 +67,34 @@ Tensor cumsum(const Tensor& tensor) {
 }
 
 Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
-                    const Tensor& sketch_keys, const Tensor& sketch_hot_rows, int64_t first_shard,
-                    int64_t num_shards, int64_t num_hot_rows, int64_t hot_offset) {
-  check_remap(ids, offsets, tables, sketch_keys, sketch_hot_rows);
+                    const Tensor& buckets, int64_t first_shard, int64_t num_shards,
+                    int64_t rows_per_shard, int64_t hot_offset) {
+  check_remap(ids, offsets, tables, buckets, num_shards);
   const torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
-  const int64_t num_features = tables.size(0);
+  const RowMap map =
+      row_map(tables, offsets, buckets, first_shard, num_shards, rows_per_shard, hot_offset);
   const int64_t num_bags = offsets.numel() - 1;
   const int64_t num_ids = ids.numel();
-  const RemapLayout layout{tables.const_data_ptr<int64_t>(),
-                           sketch_pointers(sketch_keys, sketch_hot_rows, nullptr, nullptr),
-                           num_features,
-                           num_bags / num_features,
-                           first_shard,
-                           num_shards,
-                           sketch_keys.size(0),
-                           num_hot_rows,
-                           hot_offset};
-  Tensor rows = torch::stable::empty_like(ids);
-  Tensor source = torch::stable::empty_like(ids);
-  Tensor bags = torch::stable::empty_like(ids);
+  // Zeros, so that whatever offsets cannot be mapped points nowhere out of bounds.
+  Tensor rows = torch::stable::new_zeros(ids, {num_ids});
+  Tensor source = torch::stable::new_zeros(ids, {num_ids}, ScalarType::Int);
+  Tensor bags = torch::stable::new_zeros(ids, {num_ids}, ScalarType::Int);
   Tensor keys = torch::stable::empty_like(ids);
   Tensor shards = torch::stable::new_empty(ids, {num_ids}, ScalarType::Int);
   Tensor lengths = torch::stable::new_zeros(ids, {num_bags + 1});
   if (num_bags == 0) return {rows, lengths, source, bags, keys, shards};
   const cudaStream_t stream = current_stream(ids);
   bag_lengths_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-      offsets.const_data_ptr<int64_t>(), num_features, layout.batch_size,
+      offsets.const_data_ptr<int64_t>(), map.num_features, map.batch_size,
       lengths.mutable_data_ptr<int64_t>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   Tensor out_offsets = cumsum(lengths);
-  const RemapOutputs out{rows.mutable_data_ptr<int64_t>(), source.mutable_data_ptr<int64_t>(),
-                         bags.mutable_data_ptr<int64_t>(), keys.mutable_data_ptr<int64_t>(),
-                         shards.mutable_data_ptr<int32_t>()};
+  const RemapOutput out{rows.mutable_data_ptr<int64_t>(), source.mutable_data_ptr<int32_t>(),
+                        bags.mutable_data_ptr<int32_t>(), keys.mutable_data_ptr<int64_t>(),
+                        shards.mutable_data_ptr<int32_t>()};
   remap_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-      layout, ids.const_data_ptr<int64_t>(), num_ids, offsets.const_data_ptr<int64_t>(),
-      out_offsets.const_data_ptr<int64_t>(), out);
+      map, hot_sketch(buckets), ids.const_data_ptr<int64_t>(), num_ids,
+      offsets.const_data_ptr<int64_t>(), out_offsets.const_data_ptr<int64_t>(), out);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {rows, out_offsets, source, bags, keys, shards};
 }

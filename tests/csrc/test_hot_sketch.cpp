@@ -1,64 +1,27 @@
-// Properties of the torch-free algorithm, also run under the address and undefined-behaviour
-// sanitizers: long random streams, every hot row with one owner, no write out of bounds.
+// Properties of the torch-free algorithm: long random streams, every hot row with one owner, the
+// same bits from every instruction set, no write out of bounds.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
-#include <numeric>
 #include <random>
-#include <set>
-#include <vector>
 
-#include "hot_sketch_observe.h"
 #include "row_map.h"
+#include "sketch.h"
 
 namespace {
 
 using namespace torchrec_cafe;
 
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
-
-struct Sketch {
-  std::vector<int64_t> keys;
-  std::vector<float> scores;
-  std::vector<int32_t> hot_rows;
-  std::vector<int32_t> owners;
+// What `rebalance` says, for shard 0.
+struct Outcome {
   std::vector<int8_t> actions;
   std::vector<int64_t> new_keys;
-  HotSketchShard shard;
+  int64_t promoted = 0;
+  int64_t demoted = 0;
 
-  Sketch(int64_t buckets, int64_t rows)
-      : keys(buckets * kSlots, 0),
-        scores(buckets * kSlots, 0.0f),
-        hot_rows(buckets * kSlots, kFree),
-        owners(rows, kNoOwner),
-        actions(rows, kKeepRow),
-        new_keys(rows, 0),
-        shard{keys.data(), scores.data(), hot_rows.data(), owners.data(), buckets, rows} {}
-
-  RebalanceCounts rebalance(float min_score, float hysteresis) {
-    return torchrec_cafe::rebalance(shard, min_score, hysteresis, actions.data(), new_keys.data());
-  }
-
-  double mass() const { return std::accumulate(scores.begin(), scores.end(), 0.0); }
-
-  void check_owners() const {
-    std::set<int32_t> owned;
-    for (size_t slot = 0; slot < keys.size(); ++slot) {
-      if (hot_rows[slot] < 0) continue;
-      CHECK(hot_rows[slot] < shard.num_hot_rows);
-      CHECK(owned.insert(hot_rows[slot]).second);
-      CHECK(owners[hot_rows[slot]] == static_cast<int32_t>(slot));
-    }
-    for (int64_t row = 0; row < shard.num_hot_rows; ++row) {
-      CHECK((owners[row] == kNoOwner) == (owned.count(static_cast<int32_t>(row)) == 0));
-    }
+  Outcome(const Kernels& kernels, Sketch& sketch, float min_score, float hysteresis)
+      : actions(sketch.num_hot_rows), new_keys(sketch.num_hot_rows) {
+    kernels.rebalance(sketch.shard(0), min_score, hysteresis, actions.data(), new_keys.data(),
+                      &promoted, &demoted);
   }
 };
 
@@ -75,92 +38,108 @@ void test_mixing_is_a_bijection() {
   CHECK(mix_id(large - 1, large) < large);
 }
 
-void test_random_stream() {
+// Follows one bucket slot by slot: what a sentence of bucket.h says, each on its own.
+void test_random_stream(const Kernels& kernels) {
   std::mt19937_64 random(0);
   for (const int64_t rows : {1, 3, 16, 64}) {
-    Sketch sketch(16, rows);
-    double observed = 0.0;
+    Sketch sketch(1, 16, rows);
+    double mass = 0.0;
     for (int step = 0; step < 20000; ++step) {
       const auto key = static_cast<int64_t>(random() % 500);
       const float score = static_cast<float>(random() % 4);
-      const Insertion outcome = insert(sketch.shard, key, score);
-      if (outcome == Insertion::kSkipped) continue;
-      observed += score;
-      CHECK(sketch.shard.find(key) >= 0);
+      const bool held = sketch.holds(key);
+      const Insertion outcome = insert(sketch.bucket(key), key, score);
+      const double change = sketch.mass() - mass;
+      mass += change;
+      CHECK((outcome == kHit) == held);
+      CHECK(sketch.holds(key) == (outcome != kWorn && outcome != kSkipped));
+      if (outcome == kHit || outcome == kInserted) CHECK(change == score);
+      if (outcome == kWorn) CHECK(change == -kWear * score);
+      if (outcome == kReplaced) CHECK(change >= score - kWear * score && change <= score);
+      if (outcome == kSkipped) CHECK(change == 0.0);
       if (step % 100 == 0) {
-        sketch.rebalance(0.0f, 0.1f);
+        Outcome(kernels, sketch, 0.0f, 0.1f);
         sketch.check_owners();
       }
     }
-    CHECK(sketch.mass() == observed);
   }
 }
 
 void test_every_key_is_ordinary() {
-  Sketch sketch(64, 4);
+  Sketch sketch(1, 64, 4);
   const std::vector<int64_t> keys{0, -1, -2, std::numeric_limits<int64_t>::max(),
                                   std::numeric_limits<int64_t>::min()};
-  for (const int64_t key : keys) CHECK(sketch.shard.find(key) < 0);
-  for (const int64_t key : keys) CHECK(insert(sketch.shard, key, 1.0f) == Insertion::kInserted);
-  for (const int64_t key : keys) CHECK(insert(sketch.shard, key, 1.0f) == Insertion::kHit);
+  for (const int64_t key : keys) CHECK(!sketch.holds(key));
+  for (const int64_t key : keys) CHECK(insert(sketch.bucket(key), key, 1.0f) == kInserted);
+  for (const int64_t key : keys) CHECK(insert(sketch.bucket(key), key, 1.0f) == kHit);
 }
 
-void test_rows_follow_the_highest_scores() {
+void test_scores_stay_finite() {
+  Sketch sketch(1, 1, 1);
+  for (int i = 0; i < 3; ++i) insert(sketch.bucket(5), 5, kMaxScore);
+  CHECK(sketch.mass() == kMaxScore);
+  CHECK(score_of(kMaxScore, 0x1p60) == kMaxScore);
+  CHECK(!is_importance(INFINITY) && !is_importance(NAN) && !is_importance(-1.0f));
+}
+
+void test_rows_follow_the_highest_scores(const Kernels& kernels) {
   std::mt19937_64 random(1);
-  Sketch sketch(32, 8);
+  Sketch sketch(1, 32, 8);
   for (int64_t key = 0; key < 60; ++key) {
-    insert(sketch.shard, key, static_cast<float>(random() % 10));  // many ties
+    insert(sketch.bucket(key), key, static_cast<float>(random() % 10));  // many ties
   }
-  const RebalanceCounts counts = sketch.rebalance(0.0f, 0.0f);
-  CHECK(counts.promoted == 8 && counts.demoted == 0);
+  const Outcome outcome(kernels, sketch, 0.0f, 0.0f);
+  CHECK(outcome.promoted == 8 && outcome.demoted == 0);
   float lowest_hot = INFINITY;
   float highest_cold = 0.0f;
-  for (size_t slot = 0; slot < sketch.keys.size(); ++slot) {
-    if (sketch.hot_rows[slot] >= 0) lowest_hot = std::fmin(lowest_hot, sketch.scores[slot]);
-    if (sketch.hot_rows[slot] == kCold) highest_cold = std::fmax(highest_cold, sketch.scores[slot]);
+  const Shard shard = sketch.shard(0);
+  for (int64_t slot = 0; slot < 32 * kSlots; ++slot) {
+    if (shard.hot_row(slot) >= 0) lowest_hot = std::fmin(lowest_hot, shard.score(slot));
+    if (shard.hot_row(slot) == kCold) highest_cold = std::fmax(highest_cold, shard.score(slot));
   }
   CHECK(lowest_hot >= highest_cold);
-  CHECK(counts.threshold == lowest_hot);
 }
 
-void test_minimum_score() {
-  Sketch sketch(4, 4);
-  insert(sketch.shard, 1, 1.0f);
-  insert(sketch.shard, 2, 5.0f);
-  CHECK(sketch.rebalance(2.0f, 0.0f).promoted == 1);
-  CHECK(sketch.new_keys[0] == 2 && sketch.actions[0] == kCopyRow);
-  CHECK(sketch.rebalance(9.0f, 0.0f).demoted == 1);
-  CHECK(sketch.actions[0] == kClearRow);
+void test_minimum_score(const Kernels& kernels) {
+  Sketch sketch(1, 4, 4);
+  insert(sketch.bucket(1), 1, 1.0f);
+  insert(sketch.bucket(2), 2, 5.0f);
+  const Outcome first(kernels, sketch, 2.0f, 0.0f);
+  CHECK(first.promoted == 1 && first.new_keys[0] == 2 && first.actions[0] == kCopyRow);
+  const Outcome second(kernels, sketch, 9.0f, 0.0f);
+  CHECK(second.demoted == 1 && second.actions[0] == kClearRow);
   sketch.check_owners();
 }
 
-void test_observe_skips_what_is_not_finite() {
-  Sketch sketch(4, 2);
-  double norms[2] = {0.0, 0.0};
-  double inflation = 1.0;
-  int64_t counters[kCounters] = {};
-  const std::vector<int32_t> order{0, 1, 2, 3};
-  const std::vector<int64_t> keys{5, 5, 6, 7};
-  const std::vector<float> importance{2.0f, NAN, INFINITY, -1.0f};
-  const Occurrences seen{order.data(), 4, keys.data(), importance.data()};
-  observe(sketch.shard, seen, ShardStatistics{norms, 1, &inflation, counters}, 1.0, 1.0);
-  CHECK(counters[kNonFinite] == 3);
-  CHECK(sketch.shard.find(6) < 0 && sketch.shard.find(7) < 0);
-  CHECK(sketch.mass() == 1.0);  // one occurrence of average importance
+void test_what_is_not_finite_is_counted(const Kernels& kernels) {
+  Sketch sketch(1, 4, 2);
+  std::vector<Events> events(1);
+  const std::vector<int64_t> keys{5, 5, 6, 7, 8};
+  const std::vector<int32_t> shards{0, 0, 0, 0, -1};
+  const std::vector<float> importance{2.0f, NAN, INFINITY, -1.0f, NAN};
+  const Occurrences seen{keys.data(), shards.data(), importance.data(), sketch.inflation.data()};
+  kernels.observe(sketch.view, seen, 0, 5, events.data());
+  CHECK(events[0].non_finite == 3);
+  CHECK(!sketch.holds(6) && !sketch.holds(7) && sketch.mass() == 2.0);
 }
 
-void test_rows_and_shards_are_monotone() {
-  for (const Table table : {Table{1000, 7, 0, 0, 0}, Table{50, 50, 0, 0, 0}}) {
-    int64_t row = 0;
-    int64_t shard = 0;
-    for (int64_t id = 0; id < table.num_ids; ++id) {
-      const int64_t next = table.shared_row(id);
-      CHECK(next >= row && next <= row + 1 && next < table.shared_rows);
-      CHECK(table.shard(next, 64) >= shard && table.shard(next, 64) < 64);
-      row = next;
-      shard = table.shard(next, 64);
+// 128-bit division says what rows and shards are.
+void test_rows_and_shards_are_exact() {
+  std::mt19937_64 random(2);
+  __extension__ using uint128 = unsigned __int128;
+  for (int step = 0; step < 200000; ++step) {
+    const int64_t n =
+        1 + static_cast<int64_t>(random() >> (17 + random() % 40)) % ((1LL << 47) - 1);
+    const int64_t rows = 1 + static_cast<int64_t>(random() % n);
+    const int64_t id = step % 3 == 0 ? n - 1 : static_cast<int64_t>(random() % n);
+    const uint128 scale = (static_cast<uint128>(rows) << 64) / n;
+    const uint64_t row_scale = rows == n ? ~uint64_t{0} : static_cast<uint64_t>(scale);
+    const Table table{n, rows, 0, 0, 0, row_scale, ~uint64_t{0} / rows};
+    const auto row = static_cast<int64_t>(static_cast<uint128>(id) * rows / n);
+    CHECK(table.shared_row(id) == row);
+    for (const int64_t shards : {1, 64, 65535}) {
+      CHECK(table.shard(row, shards) == static_cast<int64_t>(uint128(row) * shards / rows));
     }
-    CHECK(row == table.shared_rows - 1);
   }
 }
 
@@ -168,12 +147,15 @@ void test_rows_and_shards_are_monotone() {
 
 int main() {
   test_mixing_is_a_bijection();
-  test_random_stream();
   test_every_key_is_ordinary();
-  test_rows_follow_the_highest_scores();
-  test_minimum_score();
-  test_observe_skips_what_is_not_finite();
-  test_rows_and_shards_are_monotone();
+  test_scores_stay_finite();
+  test_rows_and_shards_are_exact();
+  for (const Kernels* kernels : all_kernels()) {
+    test_random_stream(*kernels);
+    test_rows_follow_the_highest_scores(*kernels);
+    test_minimum_score(*kernels);
+    test_what_is_not_finite_is_counted(*kernels);
+  }
   std::puts("ok");
   return 0;
 }

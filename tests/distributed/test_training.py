@@ -120,7 +120,7 @@ def test_mixed_collection_trains_and_round_trips_through_dcp(
         assert result["statistics"][0]["promoted"] > 0
         assert result["statistics"][0]["non_finite"] == 0
     names = results[0]["before"].keys()
-    assert any("cafe_pool_0.sketch_keys" in name for name in names)
+    assert any("cafe_pool_0.sketch_buckets" in name for name in names)
     # Bytes by the tensors are the bytes that the kinds have promised.
     promised = (
         models.CAFE.allocate(_shapes("t_big", "t_small")).memory.total_bytes

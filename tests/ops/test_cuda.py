@@ -29,12 +29,12 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def test_sketch_is_the_same_on_both():
-    cpu = SketchState.empty(shards=16, buckets=20, hot_rows=40, tables=3)
+    cpu = SketchState.empty(shards=16, buckets=20, hot_rows=40)
     gpu = on("cuda", cpu)
     for number, batch in enumerate(batches(20)):
         selected = torch.arange(number % 4, 16, 4)
-        ops.observe(cpu, *batch, growth=8.0, norm_decay=0.9)
-        ops.observe(gpu, *(t.cuda() for t in batch), growth=8.0, norm_decay=0.9)
+        ops.observe(cpu, *batch, growth=8.0)
+        ops.observe(gpu, *(t.cuda() for t in batch), growth=8.0)
         left = ops.rebalance(cpu, selected, hysteresis=0.1)
         right = ops.rebalance(gpu, selected.cuda(), hysteresis=0.1)
         for expected, got in zip(left, right, strict=True):
@@ -55,17 +55,19 @@ def test_mixing_and_remapping_are_the_same_on_both():
     assert torch.equal(mixed, mixed_gpu.cpu())
     assert torch.equal(counts[0], counts[1].cpu())
 
-    state = SketchState.empty(shards=16, buckets=20, hot_rows=40, tables=3)
+    state = SketchState.empty(shards=16, buckets=20, hot_rows=40)
     for batch in batches(4):
         ops.observe(state, *batch)
         ops.rebalance(state, torch.arange(16))
-    tables = torch.tensor([[3000, 16, 0, 0, 0], [9000, 9, 0, 16, -1], [3000, 32, 0, 25, 2]])
+    layout = [(3000, 16, 0, 0), (9000, 9, 16, -1), (3000, 32, 25, 2)]
+    names = ("num_ids", "shared_rows", "row_offset", "index")
+    tables = torch.tensor(
+        [ops.table_columns(**dict(zip(names, row, strict=True))) for row in layout]
+    )
 
     def hot(device: str) -> ops.HotRows:
-        moved = on(device, state)
         return ops.HotRows(
-            keys=moved.keys,
-            hot_rows=moved.hot_rows,
+            buckets=on(device, state).buckets,
             first_shard=0,
             num_shards=16,
             rows_per_shard=40,

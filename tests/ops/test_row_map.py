@@ -63,13 +63,18 @@ def test_features_without_a_size_pass_through():
     assert out_of_range.tolist() == [0, 1]
 
 
-TABLES = torch.tensor([[20, 5, 0, 0, 0], [6, 6, 0, 5, -1], [9, 2, 0, 11, 1]])
+def table(num_ids: int, shared_rows: int, row_offset: int = 0, index: int = -1) -> tuple[int, ...]:
+    return ops.table_columns(
+        num_ids=num_ids, shared_rows=shared_rows, row_offset=row_offset, index=index
+    )
+
+
+TABLES = torch.tensor([table(20, 5, 0, 0), table(6, 6, 5), table(9, 2, 11, 1)])
 
 
 def hot_rows_of(state: SketchState) -> ops.HotRows:
     return ops.HotRows(
-        keys=state.keys,
-        hot_rows=state.hot_rows,
+        buckets=state.buckets,
         first_shard=0,
         num_shards=4,
         rows_per_shard=3,
@@ -79,7 +84,7 @@ def hot_rows_of(state: SketchState) -> ops.HotRows:
 
 def hot_state() -> SketchState:
     """A sketch of four shards in which some ids of tables 0 and 2 own rows."""
-    state = SketchState.empty(shards=4, buckets=2, hot_rows=3, tables=2)
+    state = SketchState.empty(shards=4, buckets=2, hot_rows=3)
     ids = torch.cat([torch.arange(20), torch.arange(9)])
     offsets = torch.tensor([0, *[20] * 1, 20, 29])
     remapped = reference.remap(
@@ -158,7 +163,7 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.torchrec_cafe.remap,
         (
-            *(torch.arange(6), torch.tensor([0, 2, 4, 6]), TABLES, state.keys, state.hot_rows),
+            *(torch.arange(6), torch.tensor([0, 2, 4, 6]), TABLES, state.buckets),
             *(0, 4, 3, 13),
         ),
     )
@@ -171,14 +176,14 @@ def test_errors_name_the_argument():
         ops.mix_ids(ids.int(), offsets, sizes, count)
     with pytest.raises(ValueError, match=r"`feature_offsets` must have shape \[2\], got \[1\]"):
         ops.mix_ids(ids, offsets[:1], sizes, count)
-    with pytest.raises(RuntimeError, match="ascend from 0 to the number of ids"):
+    with pytest.raises(ValueError, match="ascend from 0 to the number of ids"):
         ops.mix_ids(ids, torch.tensor([0, 3]), sizes, count)
     with pytest.raises(ValueError, match="`ids` must be contiguous"):
         ops.mix_ids(torch.arange(8)[::2], offsets, sizes, count)
     hot = ops.HotRows.none()
     with pytest.raises(ValueError, match=r"features \* batch \+ 1 elements, got 3 for 3 features"):
         ops.remap(ids, torch.tensor([0, 2, 4]), TABLES, hot)
-    with pytest.raises(RuntimeError, match="offsets must ascend from 0 to the number of ids"):
+    with pytest.raises(ValueError, match="`offsets` must ascend from 0 to the number of ids, 4"):
         ops.remap(ids, torch.tensor([0, 1, 2, 3]), TABLES, hot)
-    with pytest.raises(ValueError, match=r"`tables` must have shape \[any, 5\]"):
+    with pytest.raises(ValueError, match=r"`tables` must have shape \[any, 7\]"):
         ops.remap(ids, offsets, TABLES[:, :3].contiguous(), hot)

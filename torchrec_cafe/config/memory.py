@@ -12,7 +12,7 @@ SLOT_BYTES = 16
 BUCKET_SLOTS = 4
 #: Bytes of the map from a hot row to the slot that owns it.
 OWNER_BYTES = 4
-#: Bytes a shard keeps besides its slots: inflation (8), step (8), counters (5 x 8).
+#: Bytes a shard keeps besides its slots: inflation (8), counters (6 x 8).
 SHARD_BYTES = 56
 #: Bytes a shard keeps per table of its pool: running sum and count of the importance.
 TABLE_STATISTICS_BYTES = 16

@@ -48,7 +48,7 @@ def sharded_sketches(kernel: CompressedEmbeddingBag, prefix: str) -> dict[str, S
         return {}
     first = pool.layout.first_shard
     result = {}
-    for name, tensor in pool.sketch.tensors().items():
+    for name, tensor in pool.state_tensors().items():
         shards = _shard_metadata(kernel, tensor)
         mine = next(
             s for s in shards if s.shard_offsets[0] == first and s.shard_sizes[0] == len(tensor)
@@ -83,7 +83,7 @@ def load_sketches(
     if pool is None:
         return []
     missing, loaded = [], []
-    for name, tensor in pool.sketch.tensors().items():
+    for name, tensor in pool.state_tensors().items():
         key = f"{prefix}{kernel.group.name}.sketch_{name}"
         if key not in state_dict:
             missing.append(key)

@@ -13,6 +13,7 @@ from torchrec_cafe.ops.hot_sketch import (
     FREE,
     NO_OWNER,
     SLOTS,
+    WEAR,
     SketchState,
     observe,
     rebalance,
@@ -25,6 +26,7 @@ from torchrec_cafe.ops.row_map import (
     mix_ids,
     remap,
     shared_rows_of,
+    table_columns,
 )
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "NO_OWNER",
     "SLOTS",
     "TABLE_COLUMNS",
+    "WEAR",
     "HotRows",
     "Remapped",
     "SketchState",
@@ -46,4 +49,5 @@ __all__ = [
     "rebalance",
     "remap",
     "shared_rows_of",
+    "table_columns",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, dtype
 
 
@@ -44,3 +47,22 @@ def check_same_device(op: str, **tensors: Tensor) -> None:
     if len({tensor.device for tensor in tensors.values()}) > 1:
         text = ", ".join(f"`{name}` on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"{op}: all tensors must be on one device, got {text}")
+
+
+@contextmanager
+def value_errors(op: str) -> Iterator[None]:
+    """Let a value that an operator's own check refuses be a ``ValueError`` of the caller's words.
+
+    Such a message names its argument in backticks, after the place in the source that torch puts
+    before it.
+
+    Raises:
+        ValueError: with the operator's message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        _, backtick, text = str(error).splitlines()[0].partition("`")
+        if not backtick:
+            raise
+        raise ValueError(f"{op}: `{text}") from None

@@ -1,6 +1,6 @@
 """HotSketch: which ids matter most, in a few bytes per hot row (CAFE, SIGMOD 2024, section 3.2).
 
-Shape legend: N occurrences, S virtual shards, W buckets a shard, H hot rows a shard, T tables.
+Shape legend: N occurrences, S virtual shards, W buckets a shard, H hot rows a shard.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from torchrec_cafe.ops._checks import check_same_device, check_tensor
+from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_errors
 
 #: Slots of a bucket.
 SLOTS = 4
@@ -20,10 +20,15 @@ FREE = -2
 COLD = -1
 #: ``owners`` of a hot row that no slot owns.
 NO_OWNER = -1
+#: What a newcomer to a full bucket takes off the smallest cold score, as a part of its own score.
+WEAR = 0.25
 #: What :func:`rebalance` says to do to a hot row: nothing, copy its new owner's shared row, clear.
 ACTION_KEEP, ACTION_COPY, ACTION_CLEAR = 0, 1, 2
 #: Columns of ``counters``.
-COUNTERS = ("non_finite", "skipped", "replaced", "promoted", "demoted")
+COUNTERS = ("non_finite", "skipped", "replaced", "promoted", "demoted", "steps")
+
+# int64 words of a bucket: one cache line, read and written in one access.
+_WORDS = 2 * SLOTS
 
 
 @dataclass(frozen=True)
@@ -31,35 +36,36 @@ class SketchState:
     """All that a sketch knows, as tensors whose first axis is the virtual shard.
 
     Attributes:
-        keys: int64 ``[S, W, 4]``; any value is a key, see ``hot_rows``.
-        scores: float32 ``[S, W, 4]``, >= 0, times ``inflation``.
-        hot_rows: int32 ``[S, W, 4]``: :data:`FREE`, :data:`COLD`, or the hot row of the shard that
-            the key owns.
+        buckets: int64 ``[S, W, 8]``: a bucket is one cache line of four keys, four float32 scores
+            and four int32 hot rows; see :attr:`keys`, :attr:`scores`, :attr:`hot_rows`.
         owners: int32 ``[S, H]``: the slot of the shard that owns the row, or :data:`NO_OWNER`.
-        norms: float64 ``[S, T, 2]``: running sum and count of the importance of each table.
         inflation: float64 ``[S]``: what an occurrence counts now.
-        counters: int64 ``[S, 5]``, the columns of :data:`COUNTERS`.
-        steps: int64 ``[S]``: how many batches were observed.
+        counters: int64 ``[S, 6]``, the columns of :data:`COUNTERS`.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape is not the one above, or the devices differ.
     """
 
-    keys: Tensor
-    scores: Tensor
-    hot_rows: Tensor
+    buckets: Tensor
     owners: Tensor
-    norms: Tensor
     inflation: Tensor
     counters: Tensor
-    steps: Tensor
+
+    def __post_init__(self) -> None:
+        """Check that the tensors fit each other; see the class."""
+        check_tensor("SketchState", "buckets", self.buckets, torch.int64, (None, None, _WORDS))
+        shards, buckets = self.buckets.shape[:2]
+        if buckets == 0:
+            raise ValueError("SketchState: `buckets` must have at least one bucket a shard, got 0")
+        check_tensor("SketchState", "owners", self.owners, torch.int32, (shards, None))
+        check_tensor("SketchState", "inflation", self.inflation, torch.float64, (shards,))
+        check_tensor("SketchState", "counters", self.counters, torch.int64, (shards, len(COUNTERS)))
+        check_same_device("SketchState", **self.tensors())
 
     @classmethod
     def empty(
-        cls,
-        *,
-        shards: int,
-        buckets: int,
-        hot_rows: int,
-        tables: int,
-        device: torch.device | None = None,
+        cls, *, shards: int, buckets: int, hot_rows: int, device: torch.device | None = None
     ) -> SketchState:
         """A sketch that has seen nothing.
 
@@ -67,27 +73,46 @@ class SketchState:
             shards: virtual shards to hold, >= 0.
             buckets: buckets of each shard, >= 1.
             hot_rows: hot rows of each shard, >= 1.
-            tables: tables whose importance is normalised, >= 0; 0 takes importance as it is.
             device: where the tensors live.
 
         Raises:
             ValueError: if a size is out of range.
         """
         sizes = {"shards": (shards, 0), "buckets": (buckets, 1), "hot_rows": (hot_rows, 1)}
-        for name, (size, least) in (sizes | {"tables": (tables, 0)}).items():
+        for name, (size, least) in sizes.items():
             if size < least:
                 raise ValueError(f"SketchState.empty: `{name}` must be >= {least}, got {size}")
-        slots = (shards, buckets, SLOTS)
-        return cls(
-            keys=torch.zeros(slots, dtype=torch.int64, device=device),
-            scores=torch.zeros(slots, dtype=torch.float32, device=device),
-            hot_rows=torch.full(slots, FREE, dtype=torch.int32, device=device),
+        state = cls(
+            buckets=torch.zeros((shards, buckets, _WORDS), dtype=torch.int64, device=device),
             owners=torch.full((shards, hot_rows), NO_OWNER, dtype=torch.int32, device=device),
-            norms=torch.zeros((shards, tables, 2), dtype=torch.float64, device=device),
             inflation=torch.ones(shards, dtype=torch.float64, device=device),
             counters=torch.zeros((shards, len(COUNTERS)), dtype=torch.int64, device=device),
-            steps=torch.zeros(shards, dtype=torch.int64, device=device),
         )
+        state.hot_rows.fill_(FREE)
+        return state
+
+    @property
+    def keys(self) -> Tensor:
+        """int64 ``[S, W, 4]``, a view; any value is a key, see :attr:`hot_rows`."""
+        return self.buckets[..., :SLOTS]
+
+    @property
+    def scores(self) -> Tensor:
+        """float32 ``[S, W, 4]``, a view: finite, >= 0, times ``inflation``."""
+        return self.buckets.view(torch.float32)[..., 2 * SLOTS : 3 * SLOTS]
+
+    @property
+    def hot_rows(self) -> Tensor:
+        """int32 ``[S, W, 4]``, a view.
+
+        :data:`FREE`, :data:`COLD`, or the hot row of the shard that the key owns.
+        """
+        return self.buckets.view(torch.int32)[..., 3 * SLOTS :]
+
+    @property
+    def steps(self) -> Tensor:
+        """int64 ``[S]``, a view: how many batches were observed."""
+        return self.counters[:, COUNTERS.index("steps")]
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, not copied."""
@@ -98,83 +123,50 @@ class SketchState:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
-    def check(self, op: str) -> None:
-        """Check that the tensors fit each other.
-
-        Raises:
-            TypeError: if a dtype is wrong.
-            ValueError: if a shape is wrong or the devices differ.
-        """
-        shards, buckets = self.keys.shape[0], self.keys.shape[1]
-        slots = (shards, buckets, SLOTS)
-        check_tensor(op, "keys", self.keys, torch.int64, slots)
-        check_tensor(op, "scores", self.scores, torch.float32, slots)
-        check_tensor(op, "hot_rows", self.hot_rows, torch.int32, slots)
-        check_tensor(op, "owners", self.owners, torch.int32, (shards, None))
-        check_tensor(op, "norms", self.norms, torch.float64, (shards, None, 2))
-        check_tensor(op, "inflation", self.inflation, torch.float64, (shards,))
-        check_tensor(op, "counters", self.counters, torch.int64, (shards, len(COUNTERS)))
-        check_tensor(op, "steps", self.steps, torch.int64, (shards,))
-        check_same_device(op, **self.tensors())
-
 
 def observe(
-    state: SketchState,
-    keys: Tensor,
-    shards: Tensor,
-    importance: Tensor,
-    *,
-    growth: float = 1.0,
-    norm_decay: float = 1.0,
+    state: SketchState, keys: Tensor, shards: Tensor, importance: Tensor, *, growth: float = 1.0
 ) -> None:
     r"""Add the importance of each occurrence to the sketch.
 
-    A held key adds to its score. A newcomer takes a free slot of its bucket; in a full bucket it
-    replaces the smallest key without a hot row and inherits its score (SpaceSaving), so that
-    ``true count <= score <= true count + inherited`` while nothing decays. A bucket full of hot
-    keys skips the newcomer: rows change hands only in :func:`rebalance`.
+    A held key adds to its score, and a newcomer takes a free slot of its bucket. In a full bucket
+    it takes :data:`WEAR` of its score off the smallest key without a hot row, and that key's slot
+    once nothing is left there. A bucket full of hot keys skips the newcomer: rows change hands only
+    in :func:`rebalance`. While nothing decays, a score never exceeds the key's true sum.
 
     Args:
         state: the sketch, mutated.
-        keys: int64 ``[N]``; the bits above 48 are the table where ``state`` normalises tables.
+        keys: int64 ``[N]``, any value; N < 2**31.
         shards: int32 ``[N]``, in [0, S), or -1: not tracked.
         importance: float32 ``[N]``, >= 0. What is not finite or negative is counted and skipped.
-        growth: >= 1; what was learned before counts ``1 / growth`` of what is learned now.
-        norm_decay: in (0, 1]; weight that the running mean keeps from step to step.
+        growth: in [1, 2**60]; what was learned before counts ``1 / growth`` of what is learned now.
 
     Raises:
         TypeError: if a dtype is not the one above.
-        ValueError: if a shape or a number is not the one above, or the devices differ.
+        ValueError: if a shape or a number is not the one above, or the devices differ; the state is
+            untouched then. On CUDA a shard out of range cannot be seen without waiting for the
+            device, and counts as not tracked.
 
     Note:
-        Deterministic for any number of threads: shards are independent, and within a shard
-        occurrences are applied in the order given. Not differentiable.
+        Deterministic for any number of threads and on every device: buckets are independent, and
+        within a bucket occurrences are applied in the order given. Not differentiable.
 
-    Reference: CAFE (SIGMOD 2024), section 3.2; decay by inflation: CAFE+ (TOIS 2025), section 3.
+    Reference: CAFE (SIGMOD 2024), section 3.2, with the ostracism of Elastic Sketch (SIGCOMM 2018)
+    in place of SpaceSaving, see ``docs/hot_sketch.md``; decay by inflation: CAFE+ (TOIS 2025),
+    section 3.
     """
-    state.check("observe")
     check_tensor("observe", "keys", keys, torch.int64, (None,))
     check_tensor("observe", "shards", shards, torch.int32, tuple(keys.shape))
     check_tensor("observe", "importance", importance, torch.float32, tuple(keys.shape))
-    check_same_device("observe", keys=keys, shards=shards, state=state.keys, scores=importance)
+    check_same_device(
+        "observe", keys=keys, shards=shards, importance=importance, state=state.buckets
+    )
     if not 1 <= growth <= 2**60:
         raise ValueError(f"observe: `growth` must be in [1, 2**60], got {growth}")
-    if not 0 < norm_decay <= 1:
-        raise ValueError(f"observe: `norm_decay` must be in (0, 1], got {norm_decay}")
-    torch.ops.torchrec_cafe.observe(
-        keys,
-        shards,
-        importance,
-        state.keys,
-        state.scores,
-        state.hot_rows,
-        state.norms,
-        state.inflation,
-        state.counters,
-        growth,
-        norm_decay,
-    )
-    state.steps.add_(1)
+    with value_errors("observe"):
+        torch.ops.torchrec_cafe.observe.default(
+            keys, shards, importance, state.buckets, state.inflation, state.counters, growth
+        )
 
 
 def rebalance(
@@ -199,31 +191,31 @@ def rebalance(
 
     Raises:
         TypeError: if a dtype is not the one above.
-        ValueError: if a shape or a number is not the one above, or the devices differ.
+        ValueError: if a shape or a number is not the one above, or the devices differ; the state is
+            untouched then. On CUDA a shard out of range, or out of order, cannot be seen without
+            waiting for the device, and is left alone.
 
     Note:
         Deterministic: ties go to the lower slot. Not differentiable.
 
     Reference: CAFE (SIGMOD 2024), section 3.3; automatic threshold: CAFE+ (TOIS 2025), section 3.
     """
-    state.check("rebalance")
     check_tensor("rebalance", "selected", selected, torch.int64, (None,))
-    check_same_device("rebalance", selected=selected, state=state.keys)
+    check_same_device("rebalance", selected=selected, state=state.buckets)
     if not min_score >= 0:
         raise ValueError(f"rebalance: `min_score` must be >= 0, got {min_score}")
     if not 0 <= hysteresis < 1:
         raise ValueError(f"rebalance: `hysteresis` must be in [0, 1), got {hysteresis}")
-    return torch.ops.torchrec_cafe.rebalance(
-        selected,
-        state.keys,
-        state.scores,
-        state.hot_rows,
-        state.owners,
-        state.inflation,
-        state.counters,
-        min_score,
-        hysteresis,
-    )
+    with value_errors("rebalance"):
+        return torch.ops.torchrec_cafe.rebalance.default(
+            selected,
+            state.buckets,
+            state.owners,
+            state.inflation,
+            state.counters,
+            min_score,
+            hysteresis,
+        )
 
 
 @torch.library.register_fake("torchrec_cafe::observe")
@@ -234,9 +226,7 @@ def _(*_args: object) -> None:
 @torch.library.register_fake("torchrec_cafe::rebalance")
 def _(  # noqa: PLR0913  the schema has as many arguments
     selected: Tensor,
-    sketch_keys: Tensor,
-    sketch_scores: Tensor,
-    sketch_hot_rows: Tensor,
+    buckets: Tensor,
     owners: Tensor,
     inflation: Tensor,
     counters: Tensor,

@@ -18,12 +18,14 @@ from torchrec_cafe.ops.hot_sketch import (
     FREE,
     NO_OWNER,
     SLOTS,
+    WEAR,
     SketchState,
 )
 from torchrec_cafe.ops.row_map import HotRows, Remapped
 
 _WORD = 2**64
 INFLATION_LIMIT = 2.0**60
+MAX_SCORE = torch.finfo(torch.float32).max
 
 
 def hash64(x: int) -> int:
@@ -75,14 +77,12 @@ def bucket_of(key: int, num_buckets: int) -> int:
     return hash64(key) * num_buckets // _WORD
 
 
-def find(keys: Tensor, hot_rows: Tensor, shard: int, key: int) -> tuple[int, int] | None:
+def find(buckets: Tensor, shard: int, key: int) -> tuple[int, int] | None:
     """Bucket and slot that hold a key."""
-    if keys.shape[1] == 0:
-        return None
-    bucket = bucket_of(key, keys.shape[1])
-    for slot in range(SLOTS):
-        held = int(hot_rows[shard, bucket, slot]) != FREE
-        if held and int(keys[shard, bucket, slot]) == key:
+    bucket = bucket_of(key, buckets.shape[1])
+    hot_rows = buckets[shard, bucket].view(torch.int32)[3 * SLOTS :].tolist()
+    for slot, held in enumerate(buckets[shard, bucket, :SLOTS].tolist()):
+        if held == key and hot_rows[slot] != FREE:
             return bucket, slot
     return None
 
@@ -95,7 +95,7 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
     out["offsets"].append(0)
     for sample in range(batch_size):
         for feature in range(features):
-            num_ids, shared_rows, first_id, row_offset, index = tables[feature].tolist()
+            num_ids, shared_rows, first_id, row_offset, index, *_ = tables[feature].tolist()
             bag = feature * batch_size + sample
             for i in range(int(offsets[bag]), int(offsets[bag + 1])):
                 mixed_id = first_id + int(ids[i])
@@ -104,74 +104,64 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
                 if index >= 0:
                     key = index << 48 | mixed_id
                     shard = shared_row * hot.num_shards // shared_rows - hot.first_shard
-                    place = find(hot.keys, hot.hot_rows, shard, key)
-                    hot_row = COLD if place is None else int(hot.hot_rows[shard][place])
-                    if hot_row >= 0:
-                        row = hot.offset + shard * hot.rows_per_shard + hot_row
+                    if not 0 <= shard < hot.buckets.shape[0]:
+                        shard = -1
+                    place = find(hot.buckets, shard, key) if shard >= 0 else None
+                    if place is not None:
+                        hot_row = int(hot.buckets.view(torch.int32)[shard, place[0], 12 + place[1]])
+                        if hot_row >= 0:
+                            row = hot.offset + shard * hot.rows_per_shard + hot_row
                 for name, value in (("rows", row), ("source", i), ("keys", key), ("shards", shard)):
                     out[name].append(value)
                 out["bags"].append(sample * features + feature)
             out["offsets"].append(len(out["rows"]))
-    dtypes = {name: torch.int32 if name == "shards" else torch.int64 for name in out}
+    short = ("source", "bags", "shards")
+    dtypes = {name: torch.int32 if name in short else torch.int64 for name in out}
     return Remapped(**{name: torch.tensor(out[name], dtype=dtypes[name]) for name in out})
 
 
 def insert(state: SketchState, shard: int, key: int, score: float) -> str:
-    """Add a score to a key: ``hit``, ``inserted``, ``replaced`` or ``skipped``."""
-    bucket = bucket_of(key, state.keys.shape[1])
+    """Add a score to a key: ``hit``, ``inserted``, ``worn``, ``replaced`` or ``skipped``."""
+    bucket = bucket_of(key, state.buckets.shape[1])
     keys, scores = state.keys[shard, bucket], state.scores[shard, bucket]
     hot_rows = state.hot_rows[shard, bucket]
-    place = find(state.keys, state.hot_rows, shard, key)
+    added = torch.tensor(score, dtype=torch.float32)
+    place = find(state.buckets, shard, key)
     if place is not None:
-        scores[place[1]] += torch.tensor(score, dtype=torch.float32)
+        scores[place[1]] = (scores[place[1]] + added).clamp(max=MAX_SCORE)
         return "hit"
     free = (hot_rows == FREE).nonzero().flatten()
     if free.numel():
-        keys[free[0]], scores[free[0]], hot_rows[free[0]] = key, score, COLD
+        keys[free[0]], scores[free[0]], hot_rows[free[0]] = key, added, COLD
         return "inserted"
     cold = (hot_rows == COLD).nonzero().flatten()
     if not cold.numel():
         return "skipped"
-    victim = min(cold.tolist(), key=lambda slot: (float(scores[slot]), slot))
-    keys[victim] = key
-    scores[victim] += torch.tensor(score, dtype=torch.float32)
+    weakest = min(cold.tolist(), key=lambda slot: (float(scores[slot]), slot))
+    left = scores[weakest] - WEAR * added
+    if left > 0:
+        scores[weakest] = left
+        return "worn"
+    keys[weakest], scores[weakest] = key, added
     return "replaced"
 
 
 def observe(
-    state: SketchState,
-    keys: Tensor,
-    shards: Tensor,
-    importance: Tensor,
-    *,
-    growth: float = 1.0,
-    norm_decay: float = 1.0,
+    state: SketchState, keys: Tensor, shards: Tensor, importance: Tensor, *, growth: float = 1.0
 ) -> None:
     """See :func:`torchrec_cafe.ops.observe`."""
     state.inflation.mul_(growth)
     over = state.inflation > INFLATION_LIMIT
     state.inflation[over] /= INFLATION_LIMIT
     state.scores[over] /= INFLATION_LIMIT
-    state.norms.mul_(norm_decay)
-    normalised = state.norms.shape[1] > 0
-    seen = [
-        (int(shard), int(key), float(x))
-        for shard, key, x in zip(shards, keys, importance, strict=True)
-        if shard >= 0
-    ]
-    for shard, key, x in seen:
-        if normalised and math.isfinite(x) and x >= 0:
-            state.norms[shard, key >> 48, 0] += x
-            state.norms[shard, key >> 48, 1] += 1
-    for shard, key, x in seen:
-        if not (math.isfinite(x) and x >= 0):
-            state.counters[shard, COUNTERS.index("non_finite")] += 1
+    for shard, key, x in zip(shards.tolist(), keys.tolist(), importance.tolist(), strict=True):
+        if shard < 0:
             continue
-        score = x * float(state.inflation[shard])
-        if normalised:
-            total, count = state.norms[shard, key >> 48].tolist()
-            score = score * count / total if total > 0 else 0.0
-        outcome = insert(state, shard, key, score)
+        if not (math.isfinite(x) and x >= 0):
+            outcome = "non_finite"
+        else:
+            score = min(x * float(state.inflation[shard]), MAX_SCORE)
+            outcome = insert(state, shard, key, score)
         if outcome in COUNTERS:
             state.counters[shard, COUNTERS.index(outcome)] += 1
     state.steps.add_(1)
@@ -186,7 +176,7 @@ def rebalance(
     new_keys = torch.zeros((selected.numel(), num_hot_rows), dtype=torch.int64)
     for i, shard in enumerate(selected.tolist()):
         keys, scores = state.keys[shard].flatten(), state.scores[shard].flatten()
-        hot_rows, owners = state.hot_rows[shard].view(-1), state.owners[shard]
+        hot_rows, owners = state.hot_rows[shard].flatten(), state.owners[shard]
         floor = torch.tensor(min_score * float(state.inflation[shard]), dtype=torch.float32)
         held = scores[hot_rows != FREE]
         threshold = floor
@@ -204,4 +194,5 @@ def rebalance(
             hot_rows[slot], owners[row] = row, slot
             actions[i, row], new_keys[i, row] = ACTION_COPY, keys[slot]
             state.counters[shard, COUNTERS.index("promoted")] += 1
+        state.hot_rows[shard] = hot_rows.view(-1, SLOTS)
     return actions, new_keys

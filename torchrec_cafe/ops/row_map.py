@@ -11,10 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_cafe.ops._checks import check_same_device, check_tensor
+from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_errors
 
-#: Columns of the ``tables`` argument of :func:`remap`.
-TABLE_COLUMNS = ("num_ids", "shared_rows", "first_id", "row_offset", "index")
+#: Columns of the ``tables`` argument of :func:`remap`, see :func:`table_columns`.
+TABLE_COLUMNS = (
+    *("num_ids", "shared_rows", "first_id", "row_offset", "index"),
+    *("row_scale", "shard_scale"),
+)
 
 
 class Remapped(NamedTuple):
@@ -23,8 +26,8 @@ class Remapped(NamedTuple):
     Attributes:
         rows: int64 ``[N]``, physical row of each occurrence.
         offsets: int64 ``[B * F + 1]``, where each bag starts in ``rows``.
-        source: int64 ``[N]``, position in ``ids`` that each occurrence came from.
-        bags: int64 ``[N]``, bag of each occurrence.
+        source: int32 ``[N]``, position in ``ids`` that each occurrence came from.
+        bags: int32 ``[N]``, bag of each occurrence.
         keys: int64 ``[N]``, key in the sketch; 0 where it is not tracked.
         shards: int32 ``[N]``, virtual shard on this rank; -1 where it is not tracked.
     """
@@ -74,7 +77,43 @@ def mix_ids(
         num_embeddings=num_embeddings,
         out_of_range=out_of_range,
     )
-    return torch.ops.torchrec_cafe.mix_ids(ids, feature_offsets, num_embeddings, out_of_range)
+    with value_errors("mix_ids"):
+        return torch.ops.torchrec_cafe.mix_ids.default(
+            ids, feature_offsets, num_embeddings, out_of_range
+        )
+
+
+def table_columns(
+    *, num_ids: int, shared_rows: int, first_id: int = 0, row_offset: int = 0, index: int = -1
+) -> tuple[int, ...]:
+    """One row of the ``tables`` argument of :func:`remap`.
+
+    Args:
+        num_ids: rows of the uncompressed table, in [1, 2**47).
+        shared_rows: rows that its ids share, over all ranks, in [1, num_ids].
+        first_id: mixed id of local id 0, in [0, num_ids].
+        row_offset: physical row of shared row 0; may be negative.
+        index: number of the table in its pool, in [0, 2**15), or -1: its ids are never hot.
+
+    Returns:
+        The columns of :data:`TABLE_COLUMNS`, each an int64. The last two are reciprocals, with which
+        the operator divides by ``num_ids`` and ``shared_rows``.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+    ranges = {
+        "num_ids": (num_ids, 1, 2**47 - 1),
+        "shared_rows": (shared_rows, 1, num_ids),
+        "first_id": (first_id, 0, num_ids),
+        "index": (index, -1, 2**15 - 1),
+    }
+    for name, (value, least, most) in ranges.items():
+        if not least <= value <= most:
+            raise ValueError(f"table_columns: `{name}` must be in [{least}, {most}], got {value}")
+    scales = (min((shared_rows << 64) // num_ids, 2**64 - 1), (2**64 - 1) // shared_rows)
+    signed = (scale - 2**64 if scale >= 2**63 else scale for scale in scales)
+    return (num_ids, shared_rows, first_id, row_offset, index, *signed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +121,14 @@ class HotRows:
     """Where :func:`remap` finds the ids that own a row.
 
     Attributes:
-        keys: int64 ``[S, buckets, 4]``, of the sketch.
-        hot_rows: int32 ``[S, buckets, 4]``, of the sketch.
+        buckets: int64 ``[S, W, 8]``, of the sketch.
         first_shard: global number of this rank's first virtual shard, >= 0.
-        num_shards: virtual shards over all ranks, >= 0.
+        num_shards: virtual shards over all ranks, in [0, 65536].
         rows_per_shard: hot rows of a virtual shard, >= 0.
         offset: physical row of the first hot row, >= 0.
     """
 
-    keys: Tensor
-    hot_rows: Tensor
+    buckets: Tensor
     first_shard: int
     num_shards: int
     rows_per_shard: int
@@ -100,10 +137,8 @@ class HotRows:
     @classmethod
     def none(cls, device: torch.device | None = None) -> HotRows:
         """No id owns a row."""
-        slots = torch.zeros((0, 0, 4), dtype=torch.int64, device=device)
         return cls(
-            keys=slots,
-            hot_rows=slots.int(),
+            buckets=torch.zeros((0, 0, 8), dtype=torch.int64, device=device),
             first_shard=0,
             num_shards=0,
             rows_per_shard=0,
@@ -118,19 +153,19 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
     ``m * r // n``; if the sketch says that it is hot, it has its own row instead.
 
     Args:
-        ids: int64 ``[N]``, mixed ids relative to the table's ``first_id``, feature-major.
+        ids: int64 ``[N]``, mixed ids relative to the table's ``first_id``, feature-major; N < 2**31.
         offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
-        tables: int64 ``[F, 5]``, the columns of :data:`TABLE_COLUMNS`: ids of the table; rows they
-            share; mixed id of local id 0; physical row of shared row 0; number of the table in its
-            pool, or -1 if its ids are never hot.
+        tables: int64 ``[F, 7]``, one row of :func:`table_columns` per feature.
         hot: where the ids that own a row are found.
 
     Raises:
         TypeError: if a dtype is not the one above.
-        ValueError: if a shape is not the one above, or the devices differ.
+        ValueError: if a shape is not the one above, the devices differ, or ``offsets`` does not
+            ascend from 0 to N. On CUDA the last cannot be seen without waiting for the device: no
+            memory outside the arguments is touched, and the rows of such a batch mean nothing.
 
     Note:
-        Deterministic. Nothing is mutated. Not differentiable.
+        Deterministic, and the same on every device. Nothing is mutated. Not differentiable.
 
     Reference: CAFE (SIGMOD 2024), section 3.1.
     """
@@ -143,24 +178,21 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
             f"remap: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
             f"for {features} features"
         )
-    check_tensor("remap", "hot.keys", hot.keys, torch.int64, (None, None, 4))
-    check_tensor("remap", "hot.hot_rows", hot.hot_rows, torch.int32, tuple(hot.keys.shape))
-    check_same_device(
-        "remap", ids=ids, offsets=offsets, tables=tables, keys=hot.keys, hot_rows=hot.hot_rows
-    )
-    return Remapped(
-        *torch.ops.torchrec_cafe.remap(
-            ids,
-            offsets,
-            tables,
-            hot.keys,
-            hot.hot_rows,
-            hot.first_shard,
-            hot.num_shards,
-            hot.rows_per_shard,
-            hot.offset,
+    check_tensor("remap", "hot.buckets", hot.buckets, torch.int64, (None, None, 8))
+    check_same_device("remap", ids=ids, offsets=offsets, tables=tables, buckets=hot.buckets)
+    with value_errors("remap"):
+        return Remapped(
+            *torch.ops.torchrec_cafe.remap.default(
+                ids,
+                offsets,
+                tables,
+                hot.buckets,
+                hot.first_shard,
+                hot.num_shards,
+                hot.rows_per_shard,
+                hot.offset,
+            )
         )
-    )
 
 
 def shared_rows_of(keys: Tensor, tables: Tensor) -> Tensor:
@@ -168,7 +200,7 @@ def shared_rows_of(keys: Tensor, tables: Tensor) -> Tensor:
 
     Args:
         keys: int64 ``[N]``, keys of a pool.
-        tables: int64 ``[T, 5]``, one row per table of the pool, in the order of ``index``.
+        tables: int64 ``[T, 7]``, one row per table of the pool, in the order of ``index``.
 
     Returns:
         int64 ``[N]``.
@@ -176,7 +208,11 @@ def shared_rows_of(keys: Tensor, tables: Tensor) -> Tensor:
     table = tables[keys >> 48]
     mixed_ids = keys & ((1 << 48) - 1)
     num_ids, shared_rows, row_offset = table[:, 0], table[:, 1], table[:, 3]
-    return row_offset + torch.div(mixed_ids * shared_rows, num_ids, rounding_mode="floor")
+    # The product may not fit 64 bits. The estimate is at most one off, and the remainder, small
+    # as it is, is right whatever overflows on the way to it.
+    row = (mixed_ids.double() * shared_rows / num_ids).long()
+    rest = mixed_ids * shared_rows - row * num_ids
+    return row_offset + row + (rest >= num_ids).long() - (rest < 0).long()
 
 
 def first_mixed_id(shared_row: int, num_ids: int, shared_rows: int) -> int:
@@ -194,19 +230,20 @@ def _(  # noqa: PLR0913  the schema has as many arguments
     ids: Tensor,
     offsets: Tensor,
     tables: Tensor,
-    sketch_keys: Tensor,
-    sketch_hot_rows: Tensor,
+    buckets: Tensor,
     first_shard: int,
     num_shards: int,
-    num_hot_rows: int,
+    rows_per_shard: int,
     hot_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shards = torch.empty_like(ids, dtype=torch.int32)
+    def int32() -> Tensor:
+        return torch.empty_like(ids, dtype=torch.int32)
+
     return (
         torch.empty_like(ids),
         torch.empty_like(offsets),
+        int32(),
+        int32(),
         torch.empty_like(ids),
-        torch.empty_like(ids),
-        torch.empty_like(ids),
-        shards,
+        int32(),
     )

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchrec_cafe.ops import HotRows, Remapped, first_mixed_id, remap
+from torchrec_cafe.ops import (
+    TABLE_COLUMNS,
+    HotRows,
+    Remapped,
+    first_mixed_id,
+    remap,
+    table_columns,
+)
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
 
@@ -65,12 +72,12 @@ class CompressedBags(nn.Module):
         tracked: dict[int, tuple[int, ...]] = {}
         row = 0
         for table in tables:
-            columns = (
-                table.num_ids,
-                table.shared_rows,
-                first_mixed_id(table.first_row, table.num_ids, table.shared_rows),
-                row - table.first_row,
-                table.index,
+            columns = table_columns(
+                num_ids=table.num_ids,
+                shared_rows=table.shared_rows,
+                first_id=first_mixed_id(table.first_row, table.num_ids, table.shared_rows),
+                row_offset=row - table.first_row,
+                index=table.index,
             )
             row += table.num_rows
             features += [columns] * table.num_features
@@ -78,13 +85,17 @@ class CompressedBags(nn.Module):
                 tracked[table.index] = columns
         self.register_buffer(
             "_tables",
-            torch.tensor(features, dtype=torch.int64, device=device).view(-1, 5),
+            torch.tensor(features, dtype=torch.int64, device=device).view(-1, len(TABLE_COLUMNS)),
             persistent=False,
         )
         self.pool: HotRowPool | None = None
         if pool is not None:
             rows = [tracked[index] for index in range(len(tracked))]
-            self.pool = HotRowPool(pool, torch.tensor(rows, dtype=torch.int64, device=device))
+            self.pool = HotRowPool(
+                pool,
+                torch.tensor(rows, dtype=torch.int64, device=device),
+                [columns[TABLE_COLUMNS.index("index")] for columns in features],
+            )
         self._no_hot_rows = HotRows.none(device)
 
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -101,7 +112,7 @@ class CompressedBags(nn.Module):
         self.settle()
         hot = self._no_hot_rows if self.pool is None else self.pool.hot_rows()
         remapped = remap(ids, offsets, self._tables, hot)
-        weights = None if weights is None else weights[remapped.source]
+        weights = None if weights is None else weights.index_select(0, remapped.source)
         pooled = self.tbe(
             indices=remapped.rows, offsets=remapped.offsets, per_sample_weights=weights
         )
@@ -122,7 +133,8 @@ class CompressedBags(nn.Module):
         """Importance of an occurrence: norm of its bag's gradient, times its weight."""
         assert self.pool is not None
         norms = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32)
-        importance = norms[remapped.bags]
+        norms = self.pool.normalise(norms.view(-1, self._tables.shape[0])).flatten()
+        importance = norms.index_select(0, remapped.bags)
         if weights is not None:
             importance = importance * weights.abs()
         self.pool.learn(remapped.keys, remapped.shards, importance)

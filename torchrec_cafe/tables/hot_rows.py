@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,40 +60,58 @@ class HotRowPool(nn.Module):
 
     Args:
         layout: where the rank's part of the pool lies.
-        tables: int64 ``[T, 5]``, rows of the ``tables`` argument of
+        tables: int64 ``[T, 7]``, rows of the ``tables`` argument of
             :func:`torchrec_cafe.ops.remap`, one per tracked table, in the order of ``index``.
+        features: per feature, the number of its table, or -1: not tracked.
     """
 
     tables: Tensor
+    _norms: Tensor
+    _table_of_feature: Tensor
 
-    def __init__(self, layout: PoolLayout, tables: Tensor) -> None:
+    def __init__(self, layout: PoolLayout, tables: Tensor, features: Sequence[int]) -> None:
         """Allocate an empty sketch on the device of ``tables``; see the class."""
         super().__init__()
         self.layout = layout
         self.register_buffer("tables", tables, persistent=False)
-        state = SketchState.empty(
+        self._sketch = SketchState.empty(
             shards=layout.shards_held,
             buckets=layout.buckets_per_shard,
             hot_rows=layout.hot_rows_per_shard,
-            tables=tables.shape[0],
             device=tables.device,
         )
-        for name, tensor in state.tensors().items():
-            self.register_buffer(f"sketch_{name}", tensor, persistent=False)
-        self._state_names = tuple(state.tensors())
-        self._step = 0  # host copy of sketch_steps: reading the tensor would synchronise
+        for name, tensor in self._sketch.tensors().items():
+            self.register_buffer(f"_{name}", tensor, persistent=False)
+        # Running sum and count of each table's gradient norms. Every rank sees the whole batch's
+        # gradients, so all agree; each shard has a copy, so that it can move.
+        norms = torch.zeros((layout.shards_held, len(tables), 2), dtype=torch.float64)
+        self.register_buffer("_norms", norms.to(tables.device), persistent=False)
+        one_hot = [[float(index == table) for index in features] for table in range(len(tables))]
+        self.register_buffer(
+            "_table_of_feature",
+            torch.tensor(one_hot, dtype=torch.float64, device=tables.device),
+            persistent=False,
+        )
+        self._step = 0  # host copy of the sketch's steps: reading the tensor would synchronise
         self._unsettled = False
 
     @property
     def sketch(self) -> SketchState:
         """The sketch's tensors, not copied."""
-        return SketchState(**{n: self.get_buffer(f"sketch_{n}") for n in self._state_names})
+        if self._sketch.buckets is not self._buffers["_buckets"]:  # moved to another device
+            self._sketch = SketchState(
+                **{name: self.get_buffer(f"_{name}") for name in self._sketch.tensors()}
+            )
+        return self._sketch
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold, not copied; the first axis is the virtual shard."""
+        return self.sketch.tensors() | {"norms": self._norms}
 
     def hot_rows(self) -> HotRows:
         """Where a lookup finds the ids that own a row."""
         return HotRows(
-            keys=self.get_buffer("sketch_keys"),
-            hot_rows=self.get_buffer("sketch_hot_rows"),
+            buckets=self.sketch.buckets,
             first_shard=self.layout.first_shard,
             num_shards=self.layout.num_shards,
             rows_per_shard=self.layout.hot_rows_per_shard,
@@ -105,16 +124,31 @@ class HotRowPool(nn.Module):
         self._step = int(steps[0]) if steps.numel() else 0
         self._unsettled = False
 
+    def normalise(self, norms: Tensor) -> Tensor:
+        """Divide gradient norms by their table's running mean, so that tables compare.
+
+        Args:
+            norms: float32 ``[B, F]``, of each bag of the whole batch.
+
+        Returns:
+            float32 ``[B, F]``; 0 for features whose table is not tracked. What is not finite stays
+            so and is left out of the mean.
+        """
+        if self._norms.shape[0] == 0:
+            return norms
+        finite = norms.isfinite()
+        sums = torch.where(finite, norms, 0).sum(0, dtype=torch.float64)
+        # A product with a one-hot matrix, for index_add has no fixed order on CUDA.
+        seen = self._table_of_feature @ torch.stack([sums, finite.sum(0).double()], 1)
+        running = self._norms[0] * NORM_DECAY + seen
+        self._norms.copy_(running.expand_as(self._norms))
+        total, count = running.unbind(1)
+        scale = torch.where(total > 0, count / total, 0)
+        return norms * (scale @ self._table_of_feature).float()
+
     def learn(self, keys: Tensor, shards: Tensor, importance: Tensor) -> None:
         """Feed the sketch; see :func:`torchrec_cafe.ops.observe` for the arguments."""
-        observe(
-            self.sketch,
-            keys,
-            shards,
-            importance,
-            growth=self.layout.kind.growth,
-            norm_decay=NORM_DECAY,
-        )
+        observe(self.sketch, keys, shards, importance, growth=self.layout.kind.growth)
         self._step += 1
         self._unsettled = True
 
@@ -155,12 +189,13 @@ class HotRowPool(nn.Module):
         """What the sketch has done so far, for logs and TensorBoard.
 
         Returns:
-            Per counter of :data:`torchrec_cafe.ops.COUNTERS` its total on this rank; the share of
+            Per counter of :data:`torchrec_cafe.ops.COUNTERS` but the steps its total on this rank; the share of
             slots and of hot rows in use (``occupancy``, ``hot_occupancy``, in [0, 1]); and
             ``threshold``, the mean lowest score of a hot row, in average occurrences.
         """
         sketch = self.sketch
         totals = dict(zip(COUNTERS, sketch.counters.sum(0).tolist(), strict=True))
+        del totals["steps"]  # of each shard, not of the rank
         hot = sketch.hot_rows > COLD
         lowest = torch.where(hot, sketch.scores, torch.inf).flatten(1).amin(1)
         lowest = (lowest.double() / sketch.inflation)[lowest.isfinite()]
