@@ -24,14 +24,14 @@ static_assert(sizeof(Bucket) == 64, "a bucket is one cache line");
 
 // What a newcomer to a full bucket takes off the smallest cold score, as a part of its own.
 inline constexpr float kWear = 0.25f;
-inline constexpr float kMaxScore = 3.402823466e+38f;  // largest finite float
+// The largest score of one occurrence: 2^37 of them do not overflow.
+inline constexpr float kMaxScore = 0x1p90f;
 
-enum Insertion : int {
-  kHit,       // the key was there: its score grew
-  kInserted,  // the key took a free slot
-  kWorn,      // the bucket was full: its smallest cold slot lost a part of its score
-  kReplaced,  // the same, and as nothing was left of it the key took the slot
-  kSkipped,   // the bucket was full of hot keys
+// What became of an occurrence. Sums of these count the last two kinds apart.
+enum Insertion : int64_t {
+  kAbsorbed = 0,                // the score went to the key itself, or wore off another's
+  kReplaced = 1,                // the key took the slot of another
+  kSkipped = int64_t{1} << 32,  // the bucket was full of hot keys: nothing happened
 };
 
 CAFE_HOST_DEVICE inline uint32_t float_bits(float x) {
@@ -55,10 +55,10 @@ CAFE_HOST_DEVICE inline int32_t hot_row_scalar(const Bucket& bucket, int64_t key
   return row;
 }
 
-// Adds `score`, finite and >= 0, to `key`. A held key adds, a free slot takes the newcomer. In a
+// Adds `score`, in [0, kMaxScore], to `key`. A held key adds, a free slot takes the newcomer. In a
 // full bucket the newcomer takes kWear of its score off the smallest cold slot, and the slot itself
-// once nothing is left there, as in Elastic Sketch's ostracism (SIGCOMM 2018). Hot slots lose their
-// rows in `rebalance` only: a bucket full of them skips the newcomer.
+// if that had less, as in Elastic Sketch's ostracism (SIGCOMM 2018). Hot slots lose their rows in
+// `rebalance` only: a bucket full of them skips the newcomer.
 //
 // SpaceSaving, where the newcomer replaces the slot at once and inherits its score, finds far fewer
 // of the highest scores in the same memory: the long tail keeps on inflating the smallest slots.
@@ -76,18 +76,19 @@ CAFE_HOST_DEVICE inline Insertion insert_scalar(Bucket& bucket, int64_t key, flo
     best = rank <= best ? rank : best;
   }
   if (best == kNever) return kSkipped;
-  Insertion outcome = best == -2 ? kHit : kInserted;
+  Insertion outcome = kAbsorbed;
   for (int slot = 0; slot < kSlots; ++slot) {  // not scores[chosen]: registers have no index
     if (slot != chosen) continue;
-    const float sum = (best == -2 ? bucket.scores[slot] : 0.0f) + score;
     const float left = bucket.scores[slot] - kWear * score;
-    if (best >= 0) outcome = left > 0.0f ? kWorn : kReplaced;
-    bucket.scores[slot] = outcome == kWorn       ? left
-                          : outcome == kReplaced ? score
-                          : sum < kMaxScore      ? sum
-                                                 : kMaxScore;
-    if (outcome != kWorn) bucket.keys[slot] = key;
-    if (outcome == kInserted) bucket.hot_rows[slot] = kCold;
+    if (best < 0) {
+      bucket.scores[slot] += score;
+    } else {
+      bucket.scores[slot] = left < 0.0f ? score : left;
+    }
+    if (best >= 0 && left >= 0.0f) continue;
+    bucket.keys[slot] = key;
+    bucket.hot_rows[slot] = best == -1 ? kCold : bucket.hot_rows[slot];
+    if (best >= 0) outcome = kReplaced;
   }
   return outcome;
 }

@@ -12,10 +12,9 @@ namespace torchrec_cafe {
 
 // Lanes with the key, as a mask of 32-bit lanes.
 CAFE_HOST_DEVICE inline __m128i lanes_with_key(__m256i keys, __m256i key) {
-  const __m256 equal = _mm256_castsi256_ps(_mm256_cmpeq_epi64(keys, key));
-  const __m128 low = _mm256_castps256_ps128(equal);
-  const __m128 high = _mm256_extractf128_ps(equal, 1);
-  return _mm_castps_si128(_mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0)));
+  const __m256i even = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
+  const __m256i equal = _mm256_cmpeq_epi64(keys, key);
+  return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(equal, even));
 }
 
 CAFE_HOST_DEVICE inline int32_t hot_row(const Bucket& bucket, int64_t key) {
@@ -34,43 +33,45 @@ CAFE_HOST_DEVICE inline Insertion insert(Bucket& bucket, int64_t key, float scor
       {0, 0, 0, 0},  {-1, 0, 0, 0}, {0, -1, 0, 0}, {-1, 0, 0, 0}, {0, 0, -1, 0}, {-1, 0, 0, 0},
       {0, -1, 0, 0}, {-1, 0, 0, 0}, {0, 0, 0, -1}, {-1, 0, 0, 0}, {0, -1, 0, 0}, {-1, 0, 0, 0},
       {0, 0, -1, 0}, {-1, 0, 0, 0}, {0, -1, 0, 0}, {-1, 0, 0, 0}};
-  constexpr int32_t kNever = 0x7fffffff;
-  const __m128i minus_one = _mm_set1_epi32(-1);
+  const __m128i never = _mm_set1_epi32(0x7fffffff);
+  const __m128i minus_two = _mm_set1_epi32(kFree);
   const __m256i keys = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bucket.keys));
   const __m128 scores = _mm_loadu_ps(bucket.scores);
   const __m128i rows = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bucket.hot_rows));
   const __m256i key4 = _mm256_set1_epi64x(key);
   const __m128 score4 = _mm_set1_ps(score);
 
-  const __m128i is_hot = _mm_cmpgt_epi32(rows, minus_one);
-  const __m128i is_free = _mm_cmpeq_epi32(rows, _mm_set1_epi32(kFree));
-  __m128i rank = _mm_blendv_epi8(_mm_castps_si128(scores), _mm_set1_epi32(kNever), is_hot);
-  rank = _mm_blendv_epi8(rank, _mm_set1_epi32(-2), lanes_with_key(keys, key4));
-  rank = _mm_blendv_epi8(rank, minus_one, is_free);
+  // Ranks as in insert_scalar. Hot rows alone have no sign; the mask of free slots is -1.
+  const __m128i is_free = _mm_cmpeq_epi32(rows, minus_two);
+  __m128i rank =
+      _mm_castps_si128(_mm_blendv_ps(_mm_castsi128_ps(never), scores, _mm_castsi128_ps(rows)));
+  rank = _mm_blendv_epi8(rank, minus_two, lanes_with_key(keys, key4));
+  rank = _mm_or_si128(rank, is_free);
   __m128i best = _mm_min_epi32(rank, _mm_shuffle_epi32(rank, _MM_SHUFFLE(1, 0, 3, 2)));
   best = _mm_min_epi32(best, _mm_shuffle_epi32(best, _MM_SHUFFLE(2, 3, 0, 1)));
-  const int32_t lowest = _mm_cvtsi128_si32(best);
-  if (__builtin_expect(lowest == kNever, 0)) return kSkipped;
-  const __m128i ties = _mm_cmpeq_epi32(rank, best);
-  const __m128i chosen = _mm_load_si128(
-      reinterpret_cast<const __m128i*>(kLowest[_mm_movemask_ps(_mm_castsi128_ps(ties))]));
+  // No lane has a rank just below `never`: in a bucket full of hot keys none is chosen.
+  best = _mm_min_epi32(best, _mm_set1_epi32(0x7ffffffe));
+  const int ties = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(rank, best)));
+  const __m128i chosen = _mm_load_si128(reinterpret_cast<const __m128i*>(kLowest[ties]));
 
-  const __m128 held = _mm_castsi128_ps(_mm_cmpeq_epi32(best, _mm_set1_epi32(-2)));
-  const __m128 full = _mm_castsi128_ps(_mm_cmpgt_epi32(best, minus_one));
+  // Signs are the conditions: of `best`, that the key is held or a slot is free; of `left`, that
+  // nothing is left of the smallest.
+  const __m128 own = _mm_castsi128_ps(best);
   const __m128 left = _mm_sub_ps(scores, _mm_mul_ps(_mm_set1_ps(kWear), score4));
-  const __m128 worn = _mm_and_ps(full, _mm_cmpgt_ps(left, _mm_setzero_ps()));
-  __m128 sum = _mm_add_ps(_mm_and_ps(held, scores), score4);
-  sum = _mm_min_ps(sum, _mm_set1_ps(kMaxScore));
-  sum = _mm_blendv_ps(sum, left, worn);
-  const __m128i taken = _mm_andnot_si128(_mm_castps_si128(worn), chosen);
+  const __m128 full = _mm_blendv_ps(left, score4, left);
+  const __m128 changed = _mm_blendv_ps(full, _mm_add_ps(scores, score4), own);
+  const __m128 taken = _mm_and_ps(_mm_castsi128_ps(chosen), _mm_or_ps(own, left));
+  const __m256d taken64 = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm_castps_si128(taken)));
+  const __m256d new_keys =
+      _mm256_blendv_pd(_mm256_castsi256_pd(keys), _mm256_castsi256_pd(key4), taken64);
 
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bucket.keys),
-                      _mm256_blendv_epi8(keys, key4, _mm256_cvtepi32_epi64(taken)));
-  _mm_storeu_ps(bucket.scores, _mm_blendv_ps(scores, sum, _mm_castsi128_ps(chosen)));
+  _mm256_storeu_pd(reinterpret_cast<double*>(bucket.keys), new_keys);
+  _mm_storeu_ps(bucket.scores, _mm_blendv_ps(scores, changed, _mm_castsi128_ps(chosen)));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(bucket.hot_rows),
-                   _mm_blendv_epi8(rows, _mm_max_epi32(rows, minus_one), chosen));
-  const bool kept = _mm_movemask_ps(_mm_and_ps(worn, _mm_castsi128_ps(chosen))) != 0;
-  return static_cast<Insertion>(lowest >= 0 ? kReplaced - kept : lowest + 2);
+                   _mm_sub_epi32(rows, _mm_and_si128(is_free, chosen)));
+  const int64_t replaced = _mm_movemask_ps(_mm_andnot_ps(own, taken)) != 0;
+  const int64_t skipped = ties == 0;
+  return static_cast<Insertion>(replaced * kReplaced + skipped * kSkipped);
 }
 
 }  // namespace torchrec_cafe

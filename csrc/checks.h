@@ -36,6 +36,8 @@ inline void check_buckets(const Tensor& buckets) {
   check_tensor(buckets, "buckets", ScalarType::Long, 3);
   STD_TORCH_CHECK(buckets.size(2) * 8 == sizeof(Bucket), "buckets must be [shards, buckets, ",
                   sizeof(Bucket) / 8, "]");
+  STD_TORCH_CHECK(buckets.size(1) < (int64_t{1} << 32),
+                  "`buckets` must be fewer than 2**32 a shard");
 }
 
 // Positions and bags are 32-bit.

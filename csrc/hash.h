@@ -34,9 +34,10 @@ CAFE_HOST_DEVICE inline uint64_t hash64(uint64_t x) {
   return x;
 }
 
-// Maps a hash uniformly onto [0, n) without a division.
-CAFE_HOST_DEVICE inline int64_t reduce_hash(uint64_t hash, int64_t n) {
-  return static_cast<int64_t>(multiply_high(hash, static_cast<uint64_t>(n)));
+// Maps the upper half of a hash uniformly onto [0, n) without a division; n < 2^32. Products of 32
+// bits are what vector units have.
+CAFE_HOST_DEVICE inline int64_t reduce_hash(uint64_t hash, uint32_t n) {
+  return static_cast<int64_t>((hash >> 32) * n >> 32);
 }
 
 // Number of bits needed to write n - 1, that is, the smallest b with 2^b >= n, for n >= 1.

@@ -16,11 +16,12 @@ inline constexpr int32_t kNoOwner = -1;  // owners[row]: no slot owns this hot r
 struct HotSketch {
   Bucket* buckets;  // [num_shards * num_buckets]
   int64_t num_shards;
-  int64_t num_buckets;  // of a shard
+  int64_t num_buckets;  // of a shard, < 2^32
 
   // The bucket of a key, over all shards.
   CAFE_HOST_DEVICE int64_t bucket_index(int64_t shard, int64_t key) const {
-    return shard * num_buckets + reduce_hash(hash64(static_cast<uint64_t>(key)), num_buckets);
+    const uint64_t hash = hash64(static_cast<uint64_t>(key));
+    return shard * num_buckets + reduce_hash(hash, static_cast<uint32_t>(num_buckets));
   }
 };
 
@@ -45,11 +46,13 @@ CAFE_HOST_DEVICE inline bool inflate(double& inflation, double growth) {
 }
 
 // x is finite and >= 0.
-CAFE_HOST_DEVICE inline bool is_importance(float x) { return x >= 0.0f && x <= kMaxScore; }
+CAFE_HOST_DEVICE inline bool is_importance(float x) {
+  return (x >= 0.0f) & (x <= 3.402823466e+38f);
+}
 
 CAFE_HOST_DEVICE inline float score_of(float importance, double inflation) {
   const double score = static_cast<double>(importance) * inflation;
-  return score < kMaxScore ? static_cast<float>(score) : kMaxScore;
+  return static_cast<float>(score < kMaxScore ? score : kMaxScore);
 }
 
 // --- which keys own a row ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
+  m.def("advise_huge_pages(Tensor tensor) -> ()");
   m.def(
       "mix_ids(Tensor ids, Tensor feature_offsets, Tensor num_embeddings, Tensor(a!) out_of_range)"
       " -> Tensor");

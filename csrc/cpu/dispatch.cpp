@@ -6,19 +6,21 @@
 namespace torchrec_cafe {
 
 extern const Kernels kernels_default;
-#if defined(CAFE_HAVE_AVX2)
+#if defined(CAFE_X86)
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
 #endif
 
 namespace {
 
 const Kernels& choose() {
-#if defined(CAFE_HAVE_AVX2)
+#if defined(CAFE_X86)
   const char* wanted = std::getenv("CAFE_CPU_CAPABILITY");
-  const bool plain = wanted != nullptr && std::strcmp(wanted, kernels_default.name) == 0;
-  if (!plain && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) {
-    return kernels_avx2;
-  }
+  const auto allowed = [&](const Kernels& kernels) {
+    return wanted == nullptr || std::strcmp(wanted, kernels.name) == 0;
+  };
+  if (__builtin_cpu_supports("x86-64-v4") && allowed(kernels_avx512)) return kernels_avx512;
+  if (__builtin_cpu_supports("x86-64-v3") && allowed(kernels_avx2)) return kernels_avx2;
 #endif
   return kernels_default;
 }

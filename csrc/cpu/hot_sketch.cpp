@@ -41,18 +41,25 @@ void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importa
   const HotSketch sketch = hot_sketch(buckets);
   const int64_t size = keys.numel();
   double* inflated = inflation.mutable_data_ptr<double>();
-  const Occurrences seen{keys.const_data_ptr<int64_t>(), shards.const_data_ptr<int32_t>(),
-                         importance.const_data_ptr<float>(), inflated};
+  Occurrences seen{keys.const_data_ptr<int64_t>(),
+                   shards.const_data_ptr<int32_t>(),
+                   importance.const_data_ptr<float>(),
+                   inflated,
+                   true,
+                   size};
   check_shards(seen.shards, size, sketch.num_shards);
+  if (sketch.num_shards == 0) return;
   inflate_shards(sketch, inflated, growth);
+  seen.same_inflation = std::all_of(inflated, inflated + sketch.num_shards,
+                                    [&](double inflation) { return inflation == *inflated; });
 
-  const int64_t num_threads =
-      std::clamp<int64_t>(size / kOccurrencesPerThread, 1, torch::stable::get_num_threads());
+  const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), sketch.num_shards);
+  const int64_t num_threads = std::clamp<int64_t>(size / kOccurrencesPerThread, 1, most);
   std::vector<Events> events(num_threads * sketch.num_shards);
   if (num_threads == 1) {
-    kernels().observe(sketch, seen, 0, size, events.data());
+    kernels().observe(sketch, seen, events.data());
   } else {
-    observe_in_parallel(kernels(), sketch, seen, size, num_threads, events.data(),
+    observe_in_parallel(kernels(), sketch, seen, num_threads, events.data(),
                         [](int64_t tasks, const auto& run) {
                           torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
                             for (int64_t task = begin; task < end; ++task) run(task);
@@ -65,8 +72,8 @@ void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importa
     for (int64_t t = 0; t < num_threads; ++t) {
       const Events& event = events[t * sketch.num_shards + s];
       counts[s * kCounters + kNonFinite] += event.non_finite;
-      counts[s * kCounters + kSkippedKeys] += event.by_insertion[kSkipped];
-      counts[s * kCounters + kReplacedKeys] += event.by_insertion[kReplaced];
+      counts[s * kCounters + kSkippedKeys] += event.skipped();
+      counts[s * kCounters + kReplacedKeys] += event.replaced();
     }
   }
 }

@@ -3,6 +3,8 @@
 // it, made for a newer machine, for the whole program.
 #include "cpu/kernels.h"
 
+#include <cstdlib>
+
 namespace torchrec_cafe {
 namespace {
 
@@ -12,97 +14,145 @@ namespace {
 // while those of this one are changed.
 constexpr int kBlock = 64;
 
-struct Entry {
-  Bucket* bucket;
-  int64_t key;
-  float score;
-  int32_t shard;
+struct Block {
+  const int64_t* keys;
+  const int32_t* shards;
+  int64_t buckets[2 * kBlock];
+  float scores[2 * kBlock];
+  int size;
 };
 
-inline void apply(const Entry* entries, int size, Events* events) {
-  for (int i = 0; i < size; ++i) {
-    const Insertion outcome = insert(*entries[i].bucket, entries[i].key, entries[i].score);
-    ++events[entries[i].shard].by_insertion[outcome];
+// Asks for the buckets of the next block one by one: all at once would have to wait for memory.
+inline void apply(const HotSketch& sketch, const Block& block, const Block& next, Events* events) {
+  for (int i = block.size; i < next.size; ++i) {
+    __builtin_prefetch(sketch.buckets + next.buckets[i], 1);
+  }
+  for (int i = 0; i < block.size; ++i) {
+    if (i < next.size) __builtin_prefetch(sketch.buckets + next.buckets[i], 1);
+    // Added always, at an address that does not depend on the outcome: nothing waits for it.
+    events[block.shards[i]].insertions +=
+        insert(sketch.buckets[block.buckets[i]], block.keys[i], block.scores[i]);
   }
 }
 
-// Applies all that `fill(entries, begin, end)`, which returns how many entries it has made, finds
-// in [begin, end).
+// Applies every block that `fill` makes; it returns false when there is nothing left.
 template <typename Fill>
-void apply_in_blocks(int64_t begin, int64_t end, Events* events, const Fill& fill) {
-  Entry entries[2][kBlock];
-  int sizes[2] = {0, 0};
-  int current = 0;
-  for (int64_t block = begin; block < end + kBlock; block += kBlock) {
-    sizes[current] = 0;
-    if (block < end) {
-      const int64_t block_end = block + kBlock < end ? block + kBlock : end;
-      sizes[current] = fill(entries[current], block, block_end);
-      for (int i = 0; i < sizes[current]; ++i) __builtin_prefetch(entries[current][i].bucket, 1);
-    }
-    current ^= 1;
-    apply(entries[current], sizes[current], events);
+void apply_all(const HotSketch& sketch, Events* events, const Fill& fill) {
+  Block blocks[2];
+  blocks[1].size = 0;
+  bool more = fill(blocks[0]);
+  if (more) apply(sketch, blocks[1], blocks[0], events);  // asks for the first block's buckets
+  for (int current = 0; more; current ^= 1) {
+    blocks[current ^ 1].size = 0;
+    more = fill(blocks[current ^ 1]);
+    apply(sketch, blocks[current], blocks[current ^ 1], events);
   }
 }
 
-void observe(const HotSketch& sketch, const Occurrences& seen, int64_t begin, int64_t end,
-             Events* events) {
-  apply_in_blocks(begin, end, events, [&](Entry* entries, int64_t from, int64_t to) {
-    int size = 0;
-    for (int64_t i = from; i < to; ++i) {
-      const int32_t shard = seen.shards[i] < 0 ? 0 : seen.shards[i];
-      const int64_t bucket = sketch.bucket_index(shard, seen.keys[i]);
-      const float score = score_of(seen.importance[i], seen.inflation[shard]);
-      entries[size] = Entry{sketch.buckets + bucket, seen.keys[i], score, shard};
-      const bool tracked = seen.shards[i] >= 0;
-      const bool valid = is_importance(seen.importance[i]);
-      if (__builtin_expect(tracked && !valid, 0)) ++events[shard].non_finite;
-      size += tracked & valid;
+// Copies of occurrences that do not lie side by side.
+struct Gathered {
+  int64_t keys[2 * kBlock];
+  int32_t shards[2 * kBlock];
+  float importance[2 * kBlock];
+
+  void gather(const Occurrences& seen, const int32_t* positions, int size) {
+    for (int i = 0; i < size; ++i) keys[i] = seen.keys[positions[i]];
+    for (int i = 0; i < size; ++i) shards[i] = seen.shards[positions[i]];
+    for (int i = 0; i < size; ++i) importance[i] = seen.importance[positions[i]];
+  }
+};
+
+// Makes a block of `size` occurrences that are all learned from. Plain loops without a condition,
+// which become vector instructions.
+inline void make_block(const HotSketch& sketch, const Occurrences& seen,
+                       const int64_t* __restrict__ keys, const int32_t* __restrict__ shards,
+                       const float* __restrict__ importance, int size, Block& block) {
+  block.keys = keys;
+  block.shards = shards;
+  block.size = size;
+  const HotSketch here = sketch;  // in registers
+  int64_t* __restrict__ buckets = block.buckets;
+  for (int i = 0; i < size; ++i) buckets[i] = here.bucket_index(shards[i], keys[i]);
+  const double inflation = seen.inflation[0];
+  float* __restrict__ scores = block.scores;
+  for (int i = 0; i < size; ++i) scores[i] = score_of(importance[i], inflation);
+  if (seen.same_inflation) return;
+  for (int i = 0; i < size; ++i) scores[i] = score_of(importance[i], seen.inflation[shards[i]]);
+}
+
+inline bool all_tracked(const int32_t* shards, int size) {
+  int32_t least = 0;
+  for (int i = 0; i < size; ++i) least |= shards[i];
+  return least >= 0;
+}
+
+inline bool all_importance(const float* importance, int size) {
+  int32_t wrong = 0;
+  for (int i = 0; i < size; ++i) wrong |= !is_importance(importance[i]);
+  return wrong == 0;
+}
+
+// Makes a block of the occurrences at `positions` that have an importance, and counts the others.
+inline void make_block_at(const HotSketch& sketch, const Occurrences& seen, int32_t* positions,
+                          int size, Gathered& gathered, Events* events, Block& block) {
+  gathered.gather(seen, positions, size);
+  if (!all_importance(gathered.importance, size)) {
+    int kept = 0;
+    for (int i = 0; i < size; ++i) {
+      const bool valid = is_importance(gathered.importance[i]);
+      events[gathered.shards[i]].non_finite += !valid;
+      positions[kept] = positions[i];
+      kept += valid;
     }
-    return size;
+    size = kept;
+    gathered.gather(seen, positions, size);
+  }
+  make_block(sketch, seen, gathered.keys, gathered.shards, gathered.importance, size, block);
+}
+
+void observe(const HotSketch& sketch, const Occurrences& seen, Events* events) {
+  Gathered gathered[2];  // as many as there are blocks
+  int32_t positions[kBlock];
+  int current = 0;
+  int64_t from = 0;
+  apply_all(sketch, events, [&](Block& block) {
+    if (from >= seen.size) return false;
+    const int size = seen.size - from < kBlock ? static_cast<int>(seen.size - from) : kBlock;
+    const int32_t* shards = seen.shards + from;
+    const float* importance = seen.importance + from;
+    if (all_tracked(shards, size) && all_importance(importance, size)) {
+      make_block(sketch, seen, seen.keys + from, shards, importance, size, block);
+    } else {
+      int found = 0;
+      for (int i = 0; i < size; ++i) {
+        positions[found] = static_cast<int32_t>(from) + i;
+        found += shards[i] >= 0;
+      }
+      make_block_at(sketch, seen, positions, found, gathered[current ^= 1], events, block);
+    }
+    from += size;
+    return true;
   });
 }
 
-void route(const HotSketch& sketch, const Occurrences& seen, const Routing& routing, int64_t begin,
-           int64_t end, int64_t num_threads, Events* events) {
-  const uint64_t threads_per_bucket =
-      (static_cast<uint64_t>(num_threads) << 32) / static_cast<uint64_t>(sketch.num_buckets);
-  const auto owner = [&](int64_t i, int64_t first) {
-    const uint64_t bucket = static_cast<uint64_t>(routing.buckets[i] - first);
-    return static_cast<int64_t>(bucket * threads_per_bucket >> 32);
-  };
-  for (int64_t t = 0; t < num_threads; ++t) routing.ends[t] = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const int32_t shard = seen.shards[i] < 0 ? 0 : seen.shards[i];
-    routing.buckets[i] = sketch.bucket_index(shard, seen.keys[i]);
-    routing.scores[i] = score_of(seen.importance[i], seen.inflation[shard]);
-    const bool tracked = seen.shards[i] >= 0;
-    const bool valid = is_importance(seen.importance[i]);
-    if (__builtin_expect(tracked && !valid, 0)) ++events[shard].non_finite;
-    routing.ends[owner(i, shard * sketch.num_buckets)] += tracked & valid;
-  }
-  int32_t next = 0;  // ends[t] is where the group begins until all of it is written
-  for (int64_t t = 0; t < num_threads; ++t) {
-    const int32_t size = routing.ends[t];
-    routing.ends[t] = next;
-    next += size;
-  }
-  for (int64_t i = begin; i < end; ++i) {
-    if (seen.shards[i] < 0 || !is_importance(seen.importance[i])) continue;
-    int32_t& place = routing.ends[owner(i, seen.shards[i] * sketch.num_buckets)];
-    routing.positions[place++] = static_cast<int32_t>(i);
-  }
-}
-
-void observe_routed(const HotSketch& sketch, const Occurrences& seen, const Routing& routing,
-                    const int32_t* positions, int64_t size, Events* events) {
-  apply_in_blocks(0, size, events, [&](Entry* entries, int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      const int32_t at = positions[i];
-      entries[i - from] = Entry{sketch.buckets + routing.buckets[at], seen.keys[at],
-                                routing.scores[at], seen.shards[at]};
+void observe_owned(const HotSketch& sketch, const Occurrences& seen, const int32_t* owned,
+                   Events* events) {
+  Gathered gathered[2];
+  int32_t positions[2 * kBlock];
+  int current = 0;
+  int64_t from = 0;
+  apply_all(sketch, events, [&](Block& block) {
+    if (from >= seen.size) return false;
+    int found = 0;
+    while (from < seen.size && found < kBlock) {
+      const int64_t to = from + kBlock < seen.size ? from + kBlock : seen.size;
+      for (; from < to; ++from) {
+        positions[found] = static_cast<int32_t>(from);
+        found -= owned[seen.shards[from] + 1];
+      }
     }
-    return static_cast<int>(to - from);
+    make_block_at(sketch, seen, positions, found, gathered[current ^= 1], events, block);
+    return true;
   });
 }
 
@@ -114,57 +164,166 @@ void renormalise(Bucket* buckets, int64_t num_buckets) {
 
 // --- lookup --------------------------------------------------------------------------------------
 
-// Ids of a group of samples small enough for the first-level cache.
-constexpr int64_t kTileIds = 256;
+// Few enough bags at a time for all that is known of their ids to be in the first caches.
+constexpr int64_t kTileBags = 1024;
 
-// Writes the bags' offsets and, feature by feature so that a table's numbers stay in registers,
-// everything about the ids but whether they are hot.
-int64_t map_tile(const RowMap& map, const RemapInput& in, const RemapOutput& out, int64_t begin,
-                 int64_t end, int64_t first_out) {
-  int64_t next = first_out;
-  for (int64_t b = begin; b < end; ++b) {
-    for (int64_t f = 0; f < map.num_features; ++f) {
-      const int64_t* offset = in.offsets + f * map.batch_size + b;
-      out.offsets[b * map.num_features + f] = next;
-      next += offset[1] - offset[0];
-    }
+// The ids of some samples, feature after feature as they come.
+struct Tile {
+  int64_t* rows = nullptr;  // cold
+  int64_t* keys = nullptr;
+  int32_t* shards = nullptr;
+  int32_t* order = nullptr;  // of each id in sample-major order, its place here
+  int64_t capacity = 0;
+
+  Tile() = default;
+  Tile(const Tile&) = delete;
+  Tile& operator=(const Tile&) = delete;
+  ~Tile() { std::free(rows); }
+
+  void reserve(int64_t size) {
+    if (size <= capacity) return;
+    std::free(rows);
+    capacity = 2 * size;
+    rows = static_cast<int64_t*>(std::malloc(capacity * 24));
+    keys = rows + capacity;
+    shards = reinterpret_cast<int32_t*>(keys + capacity);
+    order = shards + capacity;
   }
-  for (int64_t f = 0; f < map.num_features; ++f) {
-    const Table table = Table::load(map.tables, f);
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t bag = b * map.num_features + f;
-      const int64_t* offset = in.offsets + f * map.batch_size + b;
-      int64_t to = out.offsets[bag];
-      for (int64_t from = offset[0]; from < offset[1]; ++from, ++to) {
-        const int64_t mixed_id = table.first_id + in.ids[from];
-        const int64_t shared_row = table.shared_row(mixed_id);
-        out.rows[to] = table.row_offset + shared_row;
-        out.source[to] = static_cast<int32_t>(from);
-        out.bags[to] = static_cast<int32_t>(bag);
-        out.keys[to] = table.index < 0 ? 0 : table.key(mixed_id);
-        out.shards[to] = map.held_shard(table, shared_row);
+};
+
+// Plain loops without a condition, which become vector instructions.
+inline void map_ids(const RowMap& map, const Table& table, const int64_t* __restrict__ ids,
+                    int64_t size, int64_t* __restrict__ rows, int64_t* __restrict__ keys,
+                    int32_t* __restrict__ shards) {
+  const Table here = table;  // in registers
+  for (int64_t i = 0; i < size; ++i) rows[i] = here.shared_row(here.first_id + ids[i]);
+  if (here.index < 0) {
+    for (int64_t i = 0; i < size; ++i) keys[i] = 0;
+    for (int64_t i = 0; i < size; ++i) shards[i] = -1;
+  } else {
+    const RowMap where = map;
+    const double ratio = here.shards_per_row(where.num_shards);
+    for (int64_t i = 0; i < size; ++i) keys[i] = here.key(here.first_id + ids[i]);
+    for (int64_t i = 0; i < size; ++i) shards[i] = where.held_shard(here, rows[i], ratio);
+  }
+  for (int64_t i = 0; i < size; ++i) rows[i] += here.row_offset;
+}
+
+// Writes what does not depend on tables, sample by sample: offsets, bags, sources. `places` are the
+// features' first places in the tile less their first ids.
+void write_bags(const RowMap& map, const RemapInput& in, const RemapOutput& out, int64_t begin,
+                int64_t end, int64_t next, const int64_t* places, int32_t* order) {
+  const int64_t num_features = map.num_features;
+  const int64_t batch_size = map.batch_size;
+  int64_t* __restrict__ starts = out.offsets;
+  int32_t* __restrict__ source = out.source;
+  int32_t* __restrict__ bags = out.bags;
+  int32_t* __restrict__ place = order;
+  int64_t bag = begin * num_features;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t* __restrict__ offset = in.offsets + b;
+    for (int64_t f = 0; f < num_features; ++f, ++bag, offset += batch_size) {
+      starts[bag] = next;
+      for (int64_t from = offset[0]; from < offset[1]; ++from, ++next) {
+        source[next] = static_cast<int32_t>(from);
+        bags[next] = static_cast<int32_t>(bag);
+        *place++ = static_cast<int32_t>(from + places[f]);
       }
     }
   }
-  return next;
 }
 
-void find_hot_rows(const RowMap& map, const HotSketch& sketch, const RemapOutput& out,
-                   int64_t begin, int64_t end) {
-  const Bucket* buckets[2][kBlock];
-  int current = 0;
-  for (int64_t block = begin; block < end + kBlock; block += kBlock) {
-    for (int64_t i = block; i < block + kBlock && i < end; ++i) {
-      const int32_t shard = out.shards[i] < 0 ? 0 : out.shards[i];
-      buckets[current][i - block] = sketch.buckets + sketch.bucket_index(shard, out.keys[i]);
-      __builtin_prefetch(buckets[current][i - block]);
+// Whether every bag of samples [begin, end) holds one id, as in most models.
+bool all_one_hot(const RowMap& map, const RemapInput& in, int64_t begin, int64_t end) {
+  int64_t others = 0;
+  for (int64_t f = 0; f < map.num_features; ++f) {
+    const int64_t* offset = in.offsets + f * map.batch_size;
+    for (int64_t b = begin; b < end; ++b) others |= offset[b + 1] - offset[b] - 1;
+  }
+  return others == 0;
+}
+
+// write_bags where all bags hold one id.
+void write_one_hot_bags(const RowMap& map, const RemapInput& in, const RemapOutput& out,
+                        int64_t begin, int64_t end, int64_t first_out, const int64_t* places,
+                        int32_t* order) {
+  const int64_t num_features = map.num_features;
+  const int64_t first_bag = begin * num_features;
+  const int64_t size = (end - begin) * num_features;
+  int64_t* __restrict__ starts = out.offsets + first_bag;
+  int32_t* __restrict__ bags = out.bags + first_out;
+  for (int64_t i = 0; i < size; ++i) starts[i] = first_out + i;
+  for (int64_t i = 0; i < size; ++i) bags[i] = static_cast<int32_t>(first_bag + i);
+  for (int64_t f = 0; f < num_features; ++f) {
+    const int64_t first = in.offsets[f * map.batch_size + begin];
+    const int64_t place = first + places[f];
+    int32_t* __restrict__ source = out.source + first_out + f;
+    int32_t* __restrict__ there = order + f;
+    for (int64_t b = 0; b < end - begin; ++b) {
+      source[b * num_features] = static_cast<int32_t>(first + b);
+      there[b * num_features] = static_cast<int32_t>(place + b);
     }
-    current ^= 1;
-    const int64_t last = block - kBlock;
-    for (int64_t i = last < begin ? end : last; i < block && i < end; ++i) {
-      const int32_t row = hot_row(*buckets[current][i - last], out.keys[i]);
-      const bool hot = row >= 0 && out.shards[i] >= 0;
-      out.rows[i] = hot ? map.physical_row(out.shards[i], row) : out.rows[i];
+  }
+}
+
+// Writes everything about the ids of samples [begin, end) but whether they are hot. Returns where
+// the next sample begins.
+int64_t map_samples(const RowMap& map, const RemapInput& in, const RemapOutput& out, int64_t begin,
+                    int64_t end, int64_t first_out, Tile& tile, int64_t* places) {
+  int64_t size = 0;
+  for (int64_t f = 0; f < map.num_features; ++f) {
+    const int64_t* offsets = in.offsets + f * map.batch_size;
+    places[f] = size - offsets[begin];
+    size += offsets[end] - offsets[begin];
+  }
+  tile.reserve(size);
+  for (int64_t f = 0; f < map.num_features; ++f) {
+    const int64_t* offsets = in.offsets + f * map.batch_size;
+    const int64_t place = places[f] + offsets[begin];
+    map_ids(map, Table::load(map.tables, f), in.ids + offsets[begin], offsets[end] - offsets[begin],
+            tile.rows + place, tile.keys + place, tile.shards + place);
+  }
+  const auto write = all_one_hot(map, in, begin, end) ? write_one_hot_bags : write_bags;
+  write(map, in, out, begin, end, first_out, places, tile.order);
+  int64_t* __restrict__ rows = out.rows + first_out;
+  int64_t* __restrict__ keys = out.keys + first_out;
+  int32_t* __restrict__ shards = out.shards + first_out;
+  for (int64_t i = 0; i < size; ++i) {
+    const int32_t place = tile.order[i];
+    rows[i] = tile.rows[place];
+    keys[i] = tile.keys[place];
+    shards[i] = tile.shards[place];
+  }
+  return first_out + size;
+}
+
+// Gives those of the ids at [begin, end) that are hot their own rows.
+void find_hot_rows(const RowMap& map_in, const HotSketch& sketch_in, const RemapOutput& out,
+                   int64_t begin, int64_t end) {
+  const RowMap map = map_in;
+  const HotSketch sketch = sketch_in;
+  int64_t buckets[2][kBlock];
+  int sizes[2] = {0, 0};
+  for (int64_t first = begin - kBlock, current = 1; first < end; first += kBlock, current ^= 1) {
+    // The buckets of the next block, which are asked for while this one is looked up.
+    const int64_t ahead = first + kBlock;
+    const int64_t* __restrict__ keys = out.keys + ahead;
+    const int32_t* __restrict__ shards = out.shards + ahead;
+    int64_t* __restrict__ next = buckets[current ^ 1];
+    const int next_size = static_cast<int>(end - ahead < kBlock ? end - ahead : kBlock);
+    for (int i = 0; i < next_size; ++i) {
+      next[i] = sketch.bucket_index(shards[i] < 0 ? 0 : shards[i], keys[i]);
+    }
+    sizes[current ^ 1] = next_size;
+    for (int i = sizes[current]; i < next_size; ++i) __builtin_prefetch(sketch.buckets + next[i]);
+    for (int i = 0; i < sizes[current]; ++i) {
+      if (i < next_size) __builtin_prefetch(sketch.buckets + next[i]);
+      // A mask, not a condition: hot or not is a coin toss for the branch predictor.
+      const int32_t shard = out.shards[first + i];
+      const int32_t row = hot_row(sketch.buckets[buckets[current][i]], out.keys[first + i]);
+      const int64_t cold = (row | shard) >> 31;
+      const int64_t own = map.physical_row(shard, row);
+      out.rows[first + i] = (out.rows[first + i] & cold) | (own & ~cold);
     }
   }
 }
@@ -177,13 +336,16 @@ void remap(const RowMap& map, const HotSketch& sketch, const RemapInput& in, con
     next += offsets[begin] - offsets[0];
   }
   const bool has_hot_rows = sketch.num_shards > 0 && sketch.num_buckets > 0;
-  const int64_t samples = map.num_features < kTileIds ? kTileIds / map.num_features : 1;
-  for (int64_t tile = begin; tile < end; tile += samples) {
-    const int64_t tile_end = tile + samples < end ? tile + samples : end;
+  const int64_t samples = map.num_features < kTileBags ? kTileBags / map.num_features : 1;
+  Tile tile;
+  auto* places = static_cast<int64_t*>(std::malloc(map.num_features * sizeof(int64_t)));
+  for (int64_t first = begin; first < end; first += samples) {
     const int64_t first_out = next;
-    next = map_tile(map, in, out, tile, tile_end, first_out);
+    const int64_t last = first + samples < end ? first + samples : end;
+    next = map_samples(map, in, out, first, last, first_out, tile, places);
     if (has_hot_rows) find_hot_rows(map, sketch, out, first_out, next);
   }
+  std::free(places);
 }
 
 // --- which keys own a row ------------------------------------------------------------------------
@@ -259,7 +421,6 @@ void rebalance(const Shard& shard, float min_score, float hysteresis, int8_t* ac
 }  // namespace
 
 extern const Kernels CAFE_KERNELS;
-const Kernels CAFE_KERNELS{CAFE_CAPABILITY, observe, route,    observe_routed,
-                           renormalise,     remap,   rebalance};
+const Kernels CAFE_KERNELS{CAFE_CAPABILITY, observe, observe_owned, renormalise, remap, rebalance};
 
 }  // namespace torchrec_cafe

@@ -15,22 +15,17 @@ struct Occurrences {
   const int32_t* shards;  // -1: not tracked
   const float* importance;
   const double* inflation;  // of each shard
+  bool same_inflation;      // of all shards
+  int64_t size;
 };
 
 // What a thread has seen in one shard.
 struct Events {
-  int32_t non_finite;
-  int32_t by_insertion[kSkipped + 1];
-};
+  int64_t insertions;  // sum of what `insert` returned
+  int64_t non_finite;
 
-// Where each occurrence goes, worked out before the sketch is touched so that threads can divide
-// the buckets among themselves.
-struct Routing {
-  int64_t* buckets;  // per occurrence
-  float* scores;     // per occurrence
-  int32_t*
-      positions;  // occurrences of one chunk of the batch, grouped by the thread that owns them
-  int32_t* ends;  // [threads]: where each thread's group ends, from the chunk's begin
+  int64_t replaced() const { return insertions % kSkipped; }
+  int64_t skipped() const { return insertions / kSkipped; }
 };
 
 struct RemapInput {
@@ -50,18 +45,12 @@ struct RemapOutput {
 struct Kernels {
   const char* name;
 
-  // Inserts occurrences [begin, end) in order.
-  void (*observe)(const HotSketch& sketch, const Occurrences& seen, int64_t begin, int64_t end,
-                  Events* events);
+  // Inserts all occurrences, in order.
+  void (*observe)(const HotSketch& sketch, const Occurrences& seen, Events* events);
 
-  // Routes occurrences [begin, end) to `num_threads` threads, each occurrence to the owner of its
-  // bucket; `positions` and `ends` are those of this chunk.
-  void (*route)(const HotSketch& sketch, const Occurrences& seen, const Routing& routing,
-                int64_t begin, int64_t end, int64_t num_threads, Events* events);
-
-  // Inserts the occurrences at `positions`, in that order.
-  void (*observe_routed)(const HotSketch& sketch, const Occurrences& seen, const Routing& routing,
-                         const int32_t* positions, int64_t size, Events* events);
+  // Inserts those whose shard s has owned[s + 1] = -1, in order; for all others it is 0.
+  void (*observe_owned)(const HotSketch& sketch, const Occurrences& seen, const int32_t* owned,
+                        Events* events);
 
   // Multiplies the scores of a shard by kRenormalise.
   void (*renormalise)(Bucket* buckets, int64_t num_buckets);
@@ -76,8 +65,8 @@ struct Kernels {
                     int64_t* new_keys, int64_t* promoted, int64_t* demoted);
 };
 
-// The best of the machine, or what the environment variable CAFE_CPU_CAPABILITY names: "default" or
-// "avx2".
+// The best that the machine can run, or the one that the environment variable CAFE_CPU_CAPABILITY
+// names: "avx512", "avx2" or "default".
 const Kernels& kernels();
 
 }  // namespace torchrec_cafe

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/tensors.h"
 #include "sketch_tensors.h"
 
 namespace torchrec_cafe {
@@ -33,12 +34,14 @@ Remapped remap_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& table
   const RemapInput in{ids.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>()};
   check_offsets(in.offsets, offsets.numel(), num_ids);
 
-  Tensor rows = torch::stable::new_empty(ids, {num_ids});
-  Tensor out_offsets = torch::stable::new_empty(ids, {offsets.numel()});
-  Tensor source = torch::stable::new_empty(ids, {num_ids}, ScalarType::Int);
-  Tensor bags = torch::stable::new_empty(ids, {num_ids}, ScalarType::Int);
-  Tensor keys = torch::stable::new_empty(ids, {num_ids});
-  Tensor shards = torch::stable::new_empty(ids, {num_ids}, ScalarType::Int);
+  const int32_t int32 = aoti_torch_dtype_int32();
+  const int32_t int64 = aoti_torch_dtype_int64();
+  Tensor rows = empty_cpu<1>({num_ids}, int64);
+  Tensor out_offsets = empty_cpu<1>({offsets.numel()}, int64);
+  Tensor source = empty_cpu<1>({num_ids}, int32);
+  Tensor bags = empty_cpu<1>({num_ids}, int32);
+  Tensor keys = empty_cpu<1>({num_ids}, int64);
+  Tensor shards = empty_cpu<1>({num_ids}, int32);
   const RemapOutput out{rows.mutable_data_ptr<int64_t>(),   out_offsets.mutable_data_ptr<int64_t>(),
                         source.mutable_data_ptr<int32_t>(), bags.mutable_data_ptr<int32_t>(),
                         keys.mutable_data_ptr<int64_t>(),   shards.mutable_data_ptr<int32_t>()};

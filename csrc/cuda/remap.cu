@@ -37,6 +37,7 @@ __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __rest
   for (int64_t bag = first_index(); bag < num_bags; bag += index_stride()) {
     const int64_t feature = bag % map.num_features;
     const Table table = Table::load(map.tables, feature);
+    const double ratio = table.shards_per_row(map.num_shards);
     const int64_t first = offsets[feature * map.batch_size + bag / map.num_features];
     const int64_t end = min(out_offsets[bag + 1], num_ids);
     for (int64_t i = out_offsets[bag]; i < end; ++i) {
@@ -45,7 +46,7 @@ __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __rest
       const int64_t mixed_id = table.first_id + ids[from];
       const int64_t shared_row = table.shared_row(mixed_id);
       const int64_t key = table.index < 0 ? 0 : table.key(mixed_id);
-      const int32_t shard = map.held_shard(table, shared_row);
+      const int32_t shard = table.index < 0 ? -1 : map.held_shard(table, shared_row, ratio);
       int32_t row = kCold;
       if (shard >= 0) row = hot_row(sketch.buckets[sketch.bucket_index(shard, key)], key);
       out.rows[i] = row >= 0 ? map.physical_row(shard, row) : table.row_offset + shared_row;

@@ -95,7 +95,8 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _command_output(*command: str) -> str:
+def command_output(*command: str) -> str:
+    """What a command prints, or ``unknown`` if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -103,7 +104,8 @@ def _command_output(*command: str) -> str:
     return done.stdout.strip()
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Processor, accelerator and torch of this machine, in words."""
     cpu = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []:
         if line.startswith("model name"):
@@ -138,9 +140,9 @@ def as_json(config: TrainConfig, log: ClickLog, results: Sequence[Result]) -> di
                 add(f"{name}/won_back{suffix}", won, f"share of {kind}'s AUC loss", 0.0)
     return {
         "benchmark": "dlrm",
-        "commit": _command_output("git", "rev-parse", "HEAD"),
+        "commit": command_output("git", "rev-parse", "HEAD"),
         "command": " ".join(["python -m examples.dlrm.train", *sys.argv[1:]]),
-        "machine": _machine(),
+        "machine": machine(),
         "data": log.description,
         "samples": {"train": len(log.train.labels), "test": len(log.test.labels)},
         "seeds": list(config.seed),

@@ -21,14 +21,14 @@ namespace torchrec_cafe {
 
 extern const Kernels kernels_default;
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
 
 // The kernels that this machine can run.
 inline std::vector<const Kernels*> all_kernels() {
   std::vector<const Kernels*> all{&kernels_default};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")) {
-    all.push_back(&kernels_avx2);
-  }
+  if (__builtin_cpu_supports("x86-64-v3")) all.push_back(&kernels_avx2);
+  if (__builtin_cpu_supports("x86-64-v4")) all.push_back(&kernels_avx512);
 #endif
   return all;
 }

@@ -36,7 +36,12 @@ struct Batch {
   }
 
   Occurrences seen(const Sketch& sketch) const {
-    return Occurrences{keys.data(), shards.data(), importance.data(), sketch.inflation.data()};
+    return Occurrences{keys.data(),
+                       shards.data(),
+                       importance.data(),
+                       sketch.inflation.data(),
+                       true,
+                       static_cast<int64_t>(keys.size())};
   }
 };
 
@@ -59,18 +64,17 @@ struct Run {
   }
 
   void learn(const Kernels& kernels, const Batch& batch, int64_t num_threads) {
-    const auto size = static_cast<int64_t>(batch.keys.size());
     std::vector<Events> events(num_threads * kShards);
     if (num_threads == 1) {
-      kernels.observe(sketch.view, batch.seen(sketch), 0, size, events.data());
+      kernels.observe(sketch.view, batch.seen(sketch), events.data());
     } else {
-      observe_in_parallel(kernels, sketch.view, batch.seen(sketch), size, num_threads,
-                          events.data(), [](int64_t n, const auto& run) { on_threads(n, run); });
+      observe_in_parallel(kernels, sketch.view, batch.seen(sketch), num_threads, events.data(),
+                          [](int64_t n, const auto& run) { on_threads(n, run); });
     }
     for (int64_t i = 0; i < num_threads * kShards; ++i) {
       counts[i % kShards * 5] += events[i].non_finite;
-      counts[i % kShards * 5 + 1] += events[i].by_insertion[kSkipped];
-      counts[i % kShards * 5 + 2] += events[i].by_insertion[kReplaced];
+      counts[i % kShards * 5 + 1] += events[i].skipped();
+      counts[i % kShards * 5 + 2] += events[i].replaced();
     }
   }
 };

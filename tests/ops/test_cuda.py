@@ -59,11 +59,7 @@ def test_mixing_and_remapping_are_the_same_on_both():
     for batch in batches(4):
         ops.observe(state, *batch)
         ops.rebalance(state, torch.arange(16))
-    layout = [(3000, 16, 0, 0), (9000, 9, 16, -1), (3000, 32, 25, 2)]
-    names = ("num_ids", "shared_rows", "row_offset", "index")
-    tables = torch.tensor(
-        [ops.table_columns(**dict(zip(names, row, strict=True))) for row in layout]
-    )
+    tables = torch.tensor([[3000, 16, 0, 0, 0], [9000, 9, 0, 16, -1], [3000, 32, 0, 25, 2]])
 
     def hot(device: str) -> ops.HotRows:
         return ops.HotRows(

@@ -63,13 +63,7 @@ def test_features_without_a_size_pass_through():
     assert out_of_range.tolist() == [0, 1]
 
 
-def table(num_ids: int, shared_rows: int, row_offset: int = 0, index: int = -1) -> tuple[int, ...]:
-    return ops.table_columns(
-        num_ids=num_ids, shared_rows=shared_rows, row_offset=row_offset, index=index
-    )
-
-
-TABLES = torch.tensor([table(20, 5, 0, 0), table(6, 6, 5), table(9, 2, 11, 1)])
+TABLES = torch.tensor([[20, 5, 0, 0, 0], [6, 6, 0, 5, -1], [9, 2, 0, 11, 1]])
 
 
 def hot_rows_of(state: SketchState) -> ops.HotRows:
@@ -185,5 +179,5 @@ def test_errors_name_the_argument():
         ops.remap(ids, torch.tensor([0, 2, 4]), TABLES, hot)
     with pytest.raises(ValueError, match="`offsets` must ascend from 0 to the number of ids, 4"):
         ops.remap(ids, torch.tensor([0, 1, 2, 3]), TABLES, hot)
-    with pytest.raises(ValueError, match=r"`tables` must have shape \[any, 7\]"):
+    with pytest.raises(ValueError, match=r"`tables` must have shape \[any, 5\]"):
         ops.remap(ids, offsets, TABLES[:, :3].contiguous(), hot)

@@ -26,7 +26,6 @@ from torchrec_cafe.ops.row_map import (
     mix_ids,
     remap,
     shared_rows_of,
-    table_columns,
 )
 
 __all__ = [
@@ -49,5 +48,4 @@ __all__ = [
     "rebalance",
     "remap",
     "shared_rows_of",
-    "table_columns",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_errors
+from torchrec_cafe.ops._checks import ValueErrors, check_same_device, check_tensor
 
 #: Slots of a bucket.
 SLOTS = 4
@@ -27,6 +27,7 @@ ACTION_KEEP, ACTION_COPY, ACTION_CLEAR = 0, 1, 2
 #: Columns of ``counters``.
 COUNTERS = ("non_finite", "skipped", "replaced", "promoted", "demoted", "steps")
 
+_OBSERVE_ERRORS, _REBALANCE_ERRORS = ValueErrors("observe"), ValueErrors("rebalance")
 # int64 words of a bucket: one cache line, read and written in one access.
 _WORDS = 2 * SLOTS
 
@@ -82,8 +83,11 @@ class SketchState:
         for name, (size, least) in sizes.items():
             if size < least:
                 raise ValueError(f"SketchState.empty: `{name}` must be >= {least}, got {size}")
+        slots = torch.empty((shards, buckets, _WORDS), dtype=torch.int64, device=device)
+        if slots.is_cpu:
+            torch.ops.torchrec_cafe.advise_huge_pages(slots)
         state = cls(
-            buckets=torch.zeros((shards, buckets, _WORDS), dtype=torch.int64, device=device),
+            buckets=slots.zero_(),
             owners=torch.full((shards, hot_rows), NO_OWNER, dtype=torch.int32, device=device),
             inflation=torch.ones(shards, dtype=torch.float64, device=device),
             counters=torch.zeros((shards, len(COUNTERS)), dtype=torch.int64, device=device),
@@ -131,7 +135,7 @@ def observe(
 
     A held key adds to its score, and a newcomer takes a free slot of its bucket. In a full bucket
     it takes :data:`WEAR` of its score off the smallest key without a hot row, and that key's slot
-    once nothing is left there. A bucket full of hot keys skips the newcomer: rows change hands only
+    if that had less. A bucket full of hot keys skips the newcomer: rows change hands only
     in :func:`rebalance`. While nothing decays, a score never exceeds the key's true sum.
 
     Args:
@@ -163,7 +167,7 @@ def observe(
     )
     if not 1 <= growth <= 2**60:
         raise ValueError(f"observe: `growth` must be in [1, 2**60], got {growth}")
-    with value_errors("observe"):
+    with _OBSERVE_ERRORS:
         torch.ops.torchrec_cafe.observe.default(
             keys, shards, importance, state.buckets, state.inflation, state.counters, growth
         )
@@ -206,7 +210,7 @@ def rebalance(
         raise ValueError(f"rebalance: `min_score` must be >= 0, got {min_score}")
     if not 0 <= hysteresis < 1:
         raise ValueError(f"rebalance: `hysteresis` must be in [0, 1), got {hysteresis}")
-    with value_errors("rebalance"):
+    with _REBALANCE_ERRORS:
         return torch.ops.torchrec_cafe.rebalance.default(
             selected,
             state.buckets,
@@ -216,6 +220,11 @@ def rebalance(
             min_score,
             hysteresis,
         )
+
+
+@torch.library.register_fake("torchrec_cafe::advise_huge_pages")
+def _(tensor: Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake("torchrec_cafe::observe")

@@ -25,7 +25,7 @@ from torchrec_cafe.ops.row_map import HotRows, Remapped
 
 _WORD = 2**64
 INFLATION_LIMIT = 2.0**60
-MAX_SCORE = torch.finfo(torch.float32).max
+MAX_SCORE = 2.0**90
 
 
 def hash64(x: int) -> int:
@@ -74,7 +74,7 @@ def mix_ids(
 
 def bucket_of(key: int, num_buckets: int) -> int:
     """The bucket of a key."""
-    return hash64(key) * num_buckets // _WORD
+    return (hash64(key) >> 32) * num_buckets >> 32
 
 
 def find(buckets: Tensor, shard: int, key: int) -> tuple[int, int] | None:
@@ -128,7 +128,7 @@ def insert(state: SketchState, shard: int, key: int, score: float) -> str:
     added = torch.tensor(score, dtype=torch.float32)
     place = find(state.buckets, shard, key)
     if place is not None:
-        scores[place[1]] = (scores[place[1]] + added).clamp(max=MAX_SCORE)
+        scores[place[1]] += added
         return "hit"
     free = (hot_rows == FREE).nonzero().flatten()
     if free.numel():
@@ -139,7 +139,7 @@ def insert(state: SketchState, shard: int, key: int, score: float) -> str:
         return "skipped"
     weakest = min(cold.tolist(), key=lambda slot: (float(scores[slot]), slot))
     left = scores[weakest] - WEAR * added
-    if left > 0:
+    if left >= 0:
         scores[weakest] = left
         return "worn"
     keys[weakest], scores[weakest] = key, added

@@ -11,13 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_errors
+from torchrec_cafe.ops._checks import ValueErrors, check_same_device, check_tensor
 
-#: Columns of the ``tables`` argument of :func:`remap`, see :func:`table_columns`.
-TABLE_COLUMNS = (
-    *("num_ids", "shared_rows", "first_id", "row_offset", "index"),
-    *("row_scale", "shard_scale"),
-)
+#: Columns of the ``tables`` argument of :func:`remap`.
+TABLE_COLUMNS = ("num_ids", "shared_rows", "first_id", "row_offset", "index")
+_MIX_IDS_ERRORS, _REMAP_ERRORS = ValueErrors("mix_ids"), ValueErrors("remap")
 
 
 class Remapped(NamedTuple):
@@ -77,43 +75,10 @@ def mix_ids(
         num_embeddings=num_embeddings,
         out_of_range=out_of_range,
     )
-    with value_errors("mix_ids"):
+    with _MIX_IDS_ERRORS:
         return torch.ops.torchrec_cafe.mix_ids.default(
             ids, feature_offsets, num_embeddings, out_of_range
         )
-
-
-def table_columns(
-    *, num_ids: int, shared_rows: int, first_id: int = 0, row_offset: int = 0, index: int = -1
-) -> tuple[int, ...]:
-    """One row of the ``tables`` argument of :func:`remap`.
-
-    Args:
-        num_ids: rows of the uncompressed table, in [1, 2**47).
-        shared_rows: rows that its ids share, over all ranks, in [1, num_ids].
-        first_id: mixed id of local id 0, in [0, num_ids].
-        row_offset: physical row of shared row 0; may be negative.
-        index: number of the table in its pool, in [0, 2**15), or -1: its ids are never hot.
-
-    Returns:
-        The columns of :data:`TABLE_COLUMNS`, each an int64. The last two are reciprocals, with which
-        the operator divides by ``num_ids`` and ``shared_rows``.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-    ranges = {
-        "num_ids": (num_ids, 1, 2**47 - 1),
-        "shared_rows": (shared_rows, 1, num_ids),
-        "first_id": (first_id, 0, num_ids),
-        "index": (index, -1, 2**15 - 1),
-    }
-    for name, (value, least, most) in ranges.items():
-        if not least <= value <= most:
-            raise ValueError(f"table_columns: `{name}` must be in [{least}, {most}], got {value}")
-    scales = (min((shared_rows << 64) // num_ids, 2**64 - 1), (2**64 - 1) // shared_rows)
-    signed = (scale - 2**64 if scale >= 2**63 else scale for scale in scales)
-    return (num_ids, shared_rows, first_id, row_offset, index, *signed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +118,11 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
     ``m * r // n``; if the sketch says that it is hot, it has its own row instead.
 
     Args:
-        ids: int64 ``[N]``, mixed ids relative to the table's ``first_id``, feature-major; N < 2**31.
+        ids: int64 ``[N]``, N < 2**31, mixed ids relative to the table's ``first_id``, feature-major.
         offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
-        tables: int64 ``[F, 7]``, one row of :func:`table_columns` per feature.
+        tables: int64 ``[F, 5]``, the columns of :data:`TABLE_COLUMNS`: ids of the table, in
+            [1, 2**47); rows they share, in [1, ids]; mixed id of local id 0; physical row of shared
+            row 0; number of the table in its pool, in [0, 2**15), or -1 if its ids are never hot.
         hot: where the ids that own a row are found.
 
     Raises:
@@ -180,7 +147,7 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
         )
     check_tensor("remap", "hot.buckets", hot.buckets, torch.int64, (None, None, 8))
     check_same_device("remap", ids=ids, offsets=offsets, tables=tables, buckets=hot.buckets)
-    with value_errors("remap"):
+    with _REMAP_ERRORS:
         return Remapped(
             *torch.ops.torchrec_cafe.remap.default(
                 ids,
@@ -200,7 +167,7 @@ def shared_rows_of(keys: Tensor, tables: Tensor) -> Tensor:
 
     Args:
         keys: int64 ``[N]``, keys of a pool.
-        tables: int64 ``[T, 7]``, one row per table of the pool, in the order of ``index``.
+        tables: int64 ``[T, 5]``, one row per table of the pool, in the order of ``index``.
 
     Returns:
         int64 ``[N]``.

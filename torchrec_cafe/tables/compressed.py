@@ -17,7 +17,6 @@ from torchrec_cafe.ops import (
     Remapped,
     first_mixed_id,
     remap,
-    table_columns,
 )
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
@@ -72,12 +71,12 @@ class CompressedBags(nn.Module):
         tracked: dict[int, tuple[int, ...]] = {}
         row = 0
         for table in tables:
-            columns = table_columns(
-                num_ids=table.num_ids,
-                shared_rows=table.shared_rows,
-                first_id=first_mixed_id(table.first_row, table.num_ids, table.shared_rows),
-                row_offset=row - table.first_row,
-                index=table.index,
+            columns = (
+                table.num_ids,
+                table.shared_rows,
+                first_mixed_id(table.first_row, table.num_ids, table.shared_rows),
+                row - table.first_row,
+                table.index,
             )
             row += table.num_rows
             features += [columns] * table.num_features

@@ -60,7 +60,7 @@ class HotRowPool(nn.Module):
 
     Args:
         layout: where the rank's part of the pool lies.
-        tables: int64 ``[T, 7]``, rows of the ``tables`` argument of
+        tables: int64 ``[T, 5]``, rows of the ``tables`` argument of
             :func:`torchrec_cafe.ops.remap`, one per tracked table, in the order of ``index``.
         features: per feature, the number of its table, or -1: not tracked.
     """
@@ -189,9 +189,9 @@ class HotRowPool(nn.Module):
         """What the sketch has done so far, for logs and TensorBoard.
 
         Returns:
-            Per counter of :data:`torchrec_cafe.ops.COUNTERS` but the steps its total on this rank; the share of
-            slots and of hot rows in use (``occupancy``, ``hot_occupancy``, in [0, 1]); and
-            ``threshold``, the mean lowest score of a hot row, in average occurrences.
+            Per counter of :data:`torchrec_cafe.ops.COUNTERS`, steps apart, its total on this rank;
+            the share of slots and of hot rows in use (``occupancy``, ``hot_occupancy``, in [0, 1]);
+            and ``threshold``, the mean lowest score of a hot row, in average occurrences.
         """
         sketch = self.sketch
         totals = dict(zip(COUNTERS, sketch.counters.sum(0).tolist(), strict=True))
