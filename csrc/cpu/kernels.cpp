@@ -172,7 +172,6 @@ struct Tile {
   int64_t* rows = nullptr;  // cold
   int64_t* keys = nullptr;
   int32_t* shards = nullptr;
-  int32_t* order = nullptr;  // of each id in sample-major order, its place here
   int64_t capacity = 0;
 
   Tile() = default;
@@ -184,10 +183,9 @@ struct Tile {
     if (size <= capacity) return;
     std::free(rows);
     capacity = 2 * size;
-    rows = static_cast<int64_t*>(std::malloc(capacity * 24));
+    rows = static_cast<int64_t*>(std::malloc(capacity * 20));
     keys = rows + capacity;
     shards = reinterpret_cast<int32_t*>(keys + capacity);
-    order = shards + capacity;
   }
 };
 
@@ -209,25 +207,24 @@ inline void map_ids(const RowMap& map, const Table& table, const int64_t* __rest
   for (int64_t i = 0; i < size; ++i) rows[i] += here.row_offset;
 }
 
-// Writes what does not depend on tables, sample by sample: offsets, bags, sources. `places` are the
-// features' first places in the tile less their first ids.
+// Writes out a tile sample by sample. `places` are the features' first places in the tile less
+// their first ids.
 void write_bags(const RowMap& map, const RemapInput& in, const RemapOutput& out, int64_t begin,
-                int64_t end, int64_t next, const int64_t* places, int32_t* order) {
+                int64_t end, int64_t next, const int64_t* places, const Tile& tile) {
   const int64_t num_features = map.num_features;
   const int64_t batch_size = map.batch_size;
-  int64_t* __restrict__ starts = out.offsets;
-  int32_t* __restrict__ source = out.source;
-  int32_t* __restrict__ bags = out.bags;
-  int32_t* __restrict__ place = order;
   int64_t bag = begin * num_features;
   for (int64_t b = begin; b < end; ++b) {
-    const int64_t* __restrict__ offset = in.offsets + b;
+    const int64_t* offset = in.offsets + b;
     for (int64_t f = 0; f < num_features; ++f, ++bag, offset += batch_size) {
-      starts[bag] = next;
+      out.offsets[bag] = next;
       for (int64_t from = offset[0]; from < offset[1]; ++from, ++next) {
-        source[next] = static_cast<int32_t>(from);
-        bags[next] = static_cast<int32_t>(bag);
-        *place++ = static_cast<int32_t>(from + places[f]);
+        const int64_t place = from + places[f];
+        out.rows[next] = tile.rows[place];
+        out.keys[next] = tile.keys[place];
+        out.shards[next] = tile.shards[place];
+        out.source[next] = static_cast<int32_t>(from);
+        out.bags[next] = static_cast<int32_t>(bag);
       }
     }
   }
@@ -243,26 +240,37 @@ bool all_one_hot(const RowMap& map, const RemapInput& in, int64_t begin, int64_t
   return others == 0;
 }
 
-// write_bags where all bags hold one id.
+// Copies one feature's values to every `stride`-th element.
+template <typename T>
+inline void spread(const T* __restrict__ from, int64_t size, T* __restrict__ to, int64_t stride) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < size; ++i) to[i] = from[i];
+  } else {
+    for (int64_t i = 0; i < size; ++i) to[i * stride] = from[i];
+  }
+}
+
+// write_bags where all bags hold one id: a transposition.
 void write_one_hot_bags(const RowMap& map, const RemapInput& in, const RemapOutput& out,
                         int64_t begin, int64_t end, int64_t first_out, const int64_t* places,
-                        int32_t* order) {
+                        const Tile& tile) {
   const int64_t num_features = map.num_features;
   const int64_t first_bag = begin * num_features;
-  const int64_t size = (end - begin) * num_features;
+  const int64_t samples = end - begin;
   int64_t* __restrict__ starts = out.offsets + first_bag;
   int32_t* __restrict__ bags = out.bags + first_out;
-  for (int64_t i = 0; i < size; ++i) starts[i] = first_out + i;
-  for (int64_t i = 0; i < size; ++i) bags[i] = static_cast<int32_t>(first_bag + i);
+  for (int64_t i = 0; i < samples * num_features; ++i) starts[i] = first_out + i;
+  for (int64_t i = 0; i < samples * num_features; ++i)
+    bags[i] = static_cast<int32_t>(first_bag + i);
   for (int64_t f = 0; f < num_features; ++f) {
     const int64_t first = in.offsets[f * map.batch_size + begin];
     const int64_t place = first + places[f];
+    spread(tile.rows + place, samples, out.rows + first_out + f, num_features);
+    spread(tile.keys + place, samples, out.keys + first_out + f, num_features);
+    spread(tile.shards + place, samples, out.shards + first_out + f, num_features);
     int32_t* __restrict__ source = out.source + first_out + f;
-    int32_t* __restrict__ there = order + f;
-    for (int64_t b = 0; b < end - begin; ++b) {
+    for (int64_t b = 0; b < samples; ++b)
       source[b * num_features] = static_cast<int32_t>(first + b);
-      there[b * num_features] = static_cast<int32_t>(place + b);
-    }
   }
 }
 
@@ -284,16 +292,7 @@ int64_t map_samples(const RowMap& map, const RemapInput& in, const RemapOutput& 
             tile.rows + place, tile.keys + place, tile.shards + place);
   }
   const auto write = all_one_hot(map, in, begin, end) ? write_one_hot_bags : write_bags;
-  write(map, in, out, begin, end, first_out, places, tile.order);
-  int64_t* __restrict__ rows = out.rows + first_out;
-  int64_t* __restrict__ keys = out.keys + first_out;
-  int32_t* __restrict__ shards = out.shards + first_out;
-  for (int64_t i = 0; i < size; ++i) {
-    const int32_t place = tile.order[i];
-    rows[i] = tile.rows[place];
-    keys[i] = tile.keys[place];
-    shards[i] = tile.shards[place];
-  }
+  write(map, in, out, begin, end, first_out, places, tile);
   return first_out + size;
 }
 

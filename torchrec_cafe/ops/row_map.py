@@ -91,6 +91,10 @@ class HotRows:
         num_shards: virtual shards over all ranks, in [0, 65536].
         rows_per_shard: hot rows of a virtual shard, >= 0.
         offset: physical row of the first hot row, >= 0.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape or a number is not the one above.
     """
 
     buckets: Tensor
@@ -98,6 +102,15 @@ class HotRows:
     num_shards: int
     rows_per_shard: int
     offset: int
+
+    def __post_init__(self) -> None:
+        """Check the arguments; see the class."""
+        check_tensor("HotRows", "buckets", self.buckets, torch.int64, (None, None, 8))
+        if not 0 <= self.num_shards <= 65536:
+            raise ValueError(f"HotRows: `num_shards` must be in [0, 65536], got {self.num_shards}")
+        for name in ("first_shard", "rows_per_shard", "offset"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"HotRows: `{name}` must be >= 0, got {getattr(self, name)}")
 
     @classmethod
     def none(cls, device: torch.device | None = None) -> HotRows:
@@ -118,7 +131,7 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
     ``m * r // n``; if the sketch says that it is hot, it has its own row instead.
 
     Args:
-        ids: int64 ``[N]``, N < 2**31, mixed ids relative to the table's ``first_id``, feature-major.
+        ids: int64 ``[N]``, mixed ids less the table's ``first_id``, feature-major; N < 2**31.
         offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
         tables: int64 ``[F, 5]``, the columns of :data:`TABLE_COLUMNS`: ids of the table, in
             [1, 2**47); rows they share, in [1, ids]; mixed id of local id 0; physical row of shared
@@ -145,7 +158,6 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
             f"remap: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
             f"for {features} features"
         )
-    check_tensor("remap", "hot.buckets", hot.buckets, torch.int64, (None, None, 8))
     check_same_device("remap", ids=ids, offsets=offsets, tables=tables, buckets=hot.buckets)
     with _REMAP_ERRORS:
         return Remapped(

@@ -94,6 +94,7 @@ class HotRowPool(nn.Module):
         )
         self._step = 0  # host copy of the sketch's steps: reading the tensor would synchronise
         self._unsettled = False
+        self._hot_rows: HotRows | None = None
 
     @property
     def sketch(self) -> SketchState:
@@ -110,13 +111,16 @@ class HotRowPool(nn.Module):
 
     def hot_rows(self) -> HotRows:
         """Where a lookup finds the ids that own a row."""
-        return HotRows(
-            buckets=self.sketch.buckets,
-            first_shard=self.layout.first_shard,
-            num_shards=self.layout.num_shards,
-            rows_per_shard=self.layout.hot_rows_per_shard,
-            offset=self.layout.hot_offset,
-        )
+        buckets = self.sketch.buckets
+        if self._hot_rows is None or self._hot_rows.buckets is not buckets:
+            self._hot_rows = HotRows(
+                buckets=buckets,
+                first_shard=self.layout.first_shard,
+                num_shards=self.layout.num_shards,
+                rows_per_shard=self.layout.hot_rows_per_shard,
+                offset=self.layout.hot_offset,
+            )
+        return self._hot_rows
 
     def reload(self) -> None:
         """Take over what a checkpoint has written into the sketch's tensors."""
