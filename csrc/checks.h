@@ -1,5 +1,6 @@
 // Checks that every registered implementation makes first, so that no call of torch.ops can touch
-// memory out of bounds. torchrec_cafe/ops says the same in the caller's words.
+// memory out of bounds. torchrec_cafe/ops says in the caller's words what was refused. Names in
+// backticks are of what it cannot see itself: values.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -20,12 +21,23 @@ inline void check_tensor(const Tensor& tensor, const char* name, ScalarType dtyp
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
+// The dispatcher lets tensors of several devices through.
+template <typename... Tensors>
+void check_device(const Tensor& first, const Tensors&... others) {
+  const auto same = [&](const Tensor& other) {
+    return other.is_cuda() == first.is_cuda() &&
+           other.get_device_index() == first.get_device_index();
+  };
+  STD_TORCH_CHECK((same(others) && ...), "all tensors must be on one device");
+}
+
 inline void check_mix_ids(const Tensor& ids, const Tensor& feature_offsets,
                           const Tensor& num_embeddings, const Tensor& out_of_range) {
   check_tensor(ids, "ids", ScalarType::Long, 1);
   check_tensor(feature_offsets, "feature_offsets", ScalarType::Long, 1);
   check_tensor(num_embeddings, "num_embeddings", ScalarType::Long, 1);
   check_tensor(out_of_range, "out_of_range", ScalarType::Long, 1);
+  check_device(ids, feature_offsets, num_embeddings, out_of_range);
   STD_TORCH_CHECK(feature_offsets.numel() == num_embeddings.numel() + 1,
                   "feature_offsets must have one element more than num_embeddings");
   STD_TORCH_CHECK(out_of_range.numel() == num_embeddings.numel(),
@@ -51,6 +63,7 @@ inline void check_remap(const Tensor& ids, const Tensor& offsets, const Tensor& 
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
   check_tensor(tables, "tables", ScalarType::Long, 2);
   check_buckets(buckets);
+  check_device(ids, offsets, tables, buckets);
   check_count(ids.numel(), "ids");
   check_count(offsets.numel(), "offsets");
   STD_TORCH_CHECK(num_shards >= 0 && num_shards <= 65536, "num_shards must be in [0, 65536]");
@@ -65,6 +78,7 @@ inline void check_statistics(const Tensor& buckets, const Tensor& inflation,
   check_buckets(buckets);
   check_tensor(inflation, "inflation", ScalarType::Double, 1);
   check_tensor(counters, "counters", ScalarType::Long, 2);
+  check_device(buckets, inflation, counters);
   STD_TORCH_CHECK(inflation.size(0) == buckets.size(0), "inflation must be [shards]");
   STD_TORCH_CHECK(counters.size(0) == buckets.size(0) && counters.size(1) == kCounters,
                   "counters must be [shards, ", static_cast<int>(kCounters), "]");
@@ -79,6 +93,7 @@ inline void check_observe(const Tensor& keys, const Tensor& shards, const Tensor
   STD_TORCH_CHECK(shards.numel() == keys.numel() && importance.numel() == keys.numel(),
                   "keys, shards and importance must have the same length");
   check_statistics(buckets, inflation, counters);
+  check_device(keys, shards, importance, buckets);
   STD_TORCH_CHECK(buckets.size(0) == 0 || buckets.size(1) > 0, "buckets must not be empty");
 }
 
@@ -87,6 +102,7 @@ inline void check_rebalance(const Tensor& selected, const Tensor& buckets, const
   check_tensor(selected, "selected", ScalarType::Long, 1);
   check_statistics(buckets, inflation, counters);
   check_tensor(owners, "owners", ScalarType::Int, 2);
+  check_device(selected, buckets, owners);
   STD_TORCH_CHECK(owners.size(0) == buckets.size(0), "owners must be [shards, hot rows]");
 }
 

@@ -1,8 +1,10 @@
-"""Argument checks of the operators: name the argument, what it must be, what it was."""
+"""Argument checks of the operators: name the argument, what it must be, what it was.
+
+The operators check everything themselves before they touch memory. These functions run when one
+has refused, to say why: checking twice would cost more than a small batch takes.
+"""
 
 from __future__ import annotations
-
-from types import TracebackType
 
 from torch import Tensor, dtype
 
@@ -54,37 +56,18 @@ def check_same_device(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: all tensors must be on one device, got {text}")
 
 
-class ValueErrors:
-    """Lets a value that an operator's own check refuses be a ``ValueError`` of the caller's words.
+def value_error(op: str, error: RuntimeError) -> Exception:
+    """What to raise when an operator refuses its arguments for a reason that only it can see.
 
     Such a message names its argument in backticks, after the place in the source that torch puts
-    before it. A context manager; a class, since a generator costs as much as a small operator.
+    before it.
 
     Args:
         op: operator, for the message.
+        error: what it raised.
+
+    Returns:
+        A ``ValueError`` in the caller's words, or ``error`` itself if it is about something else.
     """
-
-    __slots__ = ("_op",)
-
-    def __init__(self, op: str) -> None:
-        """Name the operator; see the class."""
-        self._op = op
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Translate the operator's error.
-
-        Raises:
-            ValueError: with the operator's message.
-        """
-        if isinstance(error, RuntimeError):
-            _, backtick, text = str(error).splitlines()[0].partition("`")
-            if backtick:
-                raise ValueError(f"{self._op}: `{text}") from None
+    _, backtick, text = str(error).splitlines()[0].partition("`")
+    return ValueError(f"{op}: `{text}") if backtick else error

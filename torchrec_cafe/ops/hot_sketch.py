@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from torchrec_cafe.ops._checks import ValueErrors, check_same_device, check_tensor
+from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
 
 #: Slots of a bucket.
 SLOTS = 4
@@ -27,7 +27,6 @@ ACTION_KEEP, ACTION_COPY, ACTION_CLEAR = 0, 1, 2
 #: Columns of ``counters``.
 COUNTERS = ("non_finite", "skipped", "replaced", "promoted", "demoted", "steps")
 
-_OBSERVE_ERRORS, _REBALANCE_ERRORS = ValueErrors("observe"), ValueErrors("rebalance")
 # int64 words of a bucket: one cache line, read and written in one access.
 _WORDS = 2 * SLOTS
 
@@ -159,18 +158,20 @@ def observe(
     in place of SpaceSaving, see ``docs/hot_sketch.md``; decay by inflation: CAFE+ (TOIS 2025),
     section 3.
     """
-    check_tensor("observe", "keys", keys, torch.int64, (None,))
-    check_tensor("observe", "shards", shards, torch.int32, tuple(keys.shape))
-    check_tensor("observe", "importance", importance, torch.float32, tuple(keys.shape))
-    check_same_device(
-        "observe", keys=keys, shards=shards, importance=importance, state=state.buckets
-    )
     if not 1 <= growth <= 2**60:
         raise ValueError(f"observe: `growth` must be in [1, 2**60], got {growth}")
-    with _OBSERVE_ERRORS:
+    try:
         torch.ops.torchrec_cafe.observe.default(
             keys, shards, importance, state.buckets, state.inflation, state.counters, growth
         )
+    except RuntimeError as error:
+        check_tensor("observe", "keys", keys, torch.int64, (None,))
+        check_tensor("observe", "shards", shards, torch.int32, tuple(keys.shape))
+        check_tensor("observe", "importance", importance, torch.float32, tuple(keys.shape))
+        check_same_device(
+            "observe", keys=keys, shards=shards, importance=importance, state=state.buckets
+        )
+        raise value_error("observe", error) from None
 
 
 def rebalance(
@@ -204,13 +205,11 @@ def rebalance(
 
     Reference: CAFE (SIGMOD 2024), section 3.3; automatic threshold: CAFE+ (TOIS 2025), section 3.
     """
-    check_tensor("rebalance", "selected", selected, torch.int64, (None,))
-    check_same_device("rebalance", selected=selected, state=state.buckets)
     if not min_score >= 0:
         raise ValueError(f"rebalance: `min_score` must be >= 0, got {min_score}")
     if not 0 <= hysteresis < 1:
         raise ValueError(f"rebalance: `hysteresis` must be in [0, 1), got {hysteresis}")
-    with _REBALANCE_ERRORS:
+    try:
         return torch.ops.torchrec_cafe.rebalance.default(
             selected,
             state.buckets,
@@ -220,6 +219,10 @@ def rebalance(
             min_score,
             hysteresis,
         )
+    except RuntimeError as error:
+        check_tensor("rebalance", "selected", selected, torch.int64, (None,))
+        check_same_device("rebalance", selected=selected, state=state.buckets)
+        raise value_error("rebalance", error) from None
 
 
 @torch.library.register_fake("torchrec_cafe::advise_huge_pages")

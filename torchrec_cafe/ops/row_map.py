@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchrec_cafe.ops._checks import ValueErrors, check_same_device, check_tensor
+from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
 
 #: Columns of the ``tables`` argument of :func:`remap`.
 TABLE_COLUMNS = ("num_ids", "shared_rows", "first_id", "row_offset", "index")
-_MIX_IDS_ERRORS, _REMAP_ERRORS = ValueErrors("mix_ids"), ValueErrors("remap")
 
 
 class Remapped(NamedTuple):
@@ -63,22 +62,24 @@ def mix_ids(
     Note:
         Deterministic, and the same on every device. Not differentiable.
     """
-    check_tensor("mix_ids", "ids", ids, torch.int64, (None,))
-    features = num_embeddings.numel()
-    check_tensor("mix_ids", "num_embeddings", num_embeddings, torch.int64, (None,))
-    check_tensor("mix_ids", "feature_offsets", feature_offsets, torch.int64, (features + 1,))
-    check_tensor("mix_ids", "out_of_range", out_of_range, torch.int64, (features,))
-    check_same_device(
-        "mix_ids",
-        ids=ids,
-        feature_offsets=feature_offsets,
-        num_embeddings=num_embeddings,
-        out_of_range=out_of_range,
-    )
-    with _MIX_IDS_ERRORS:
+    try:
         return torch.ops.torchrec_cafe.mix_ids.default(
             ids, feature_offsets, num_embeddings, out_of_range
         )
+    except RuntimeError as error:
+        features = num_embeddings.numel()
+        check_tensor("mix_ids", "ids", ids, torch.int64, (None,))
+        check_tensor("mix_ids", "num_embeddings", num_embeddings, torch.int64, (None,))
+        check_tensor("mix_ids", "feature_offsets", feature_offsets, torch.int64, (features + 1,))
+        check_tensor("mix_ids", "out_of_range", out_of_range, torch.int64, (features,))
+        check_same_device(
+            "mix_ids",
+            ids=ids,
+            feature_offsets=feature_offsets,
+            num_embeddings=num_embeddings,
+            out_of_range=out_of_range,
+        )
+        raise value_error("mix_ids", error) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,19 +150,9 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
 
     Reference: CAFE (SIGMOD 2024), section 3.1.
     """
-    check_tensor("remap", "ids", ids, torch.int64, (None,))
-    check_tensor("remap", "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
-    check_tensor("remap", "offsets", offsets, torch.int64, (None,))
-    features = tables.shape[0]
-    if features == 0 or offsets.numel() == 0 or (offsets.numel() - 1) % features:
-        raise ValueError(
-            f"remap: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
-            f"for {features} features"
-        )
-    check_same_device("remap", ids=ids, offsets=offsets, tables=tables, buckets=hot.buckets)
-    with _REMAP_ERRORS:
-        return Remapped(
-            *torch.ops.torchrec_cafe.remap.default(
+    try:
+        return Remapped._make(
+            torch.ops.torchrec_cafe.remap.default(
                 ids,
                 offsets,
                 tables,
@@ -171,6 +162,23 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
                 hot.rows_per_shard,
                 hot.offset,
             )
+        )
+    except RuntimeError as error:
+        _explain_remap(ids, offsets, tables, hot)
+        raise value_error("remap", error) from None
+
+
+def _explain_remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> None:
+    """Name the argument that remap has refused."""
+    check_tensor("remap", "ids", ids, torch.int64, (None,))
+    check_tensor("remap", "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
+    check_tensor("remap", "offsets", offsets, torch.int64, (None,))
+    check_same_device("remap", ids=ids, offsets=offsets, tables=tables, buckets=hot.buckets)
+    features = tables.shape[0]
+    if features == 0 or offsets.numel() == 0 or (offsets.numel() - 1) % features:
+        raise ValueError(
+            f"remap: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
+            f"for {features} features"
         )
 
 
