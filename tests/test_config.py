@@ -57,7 +57,8 @@ def test_breakdown_counts_what_is_allocated():
         hot_rows=allocation.hot_rows_per_shard,
     )
     norms = 16 * allocation.num_shards * len(allocation.tracked)  # float64 [shards, tables, 2]
-    assert state.num_bytes + norms == memory.sketch_bytes + memory.map_bytes
+    held = sum(t.numel() * t.element_size() for t in state.tensors().values())
+    assert held + norms == memory.sketch_bytes + memory.map_bytes
     assert memory.hot_bytes == allocation.num_shards * allocation.hot_rows_per_shard * 64
     assert memory.shared_bytes == sum(allocation.shared_rows.values()) * 64
     # Little of the budget is left unused.

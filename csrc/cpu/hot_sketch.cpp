@@ -16,15 +16,12 @@ namespace {
 // Below this many occurrences per thread, starting the threads costs more than they save.
 constexpr int64_t kOccurrencesPerThread = 2048;
 
-void check_shards(const int32_t* shards, int64_t size, int64_t num_shards) {
-  int32_t least = 0;
-  int32_t most = -1;
+// Says which shard is wrong; only called when one is.
+void refuse_shards(const int32_t* shards, int64_t size, int64_t num_shards) {
   for (int64_t i = 0; i < size; ++i) {
-    least = std::min(least, shards[i]);
-    most = std::max(most, shards[i]);
+    STD_TORCH_CHECK(shards[i] >= -1 && shards[i] < num_shards, "`shards` must be in [-1, ",
+                    num_shards, "), got ", shards[i]);
   }
-  STD_TORCH_CHECK(least >= -1 && most < num_shards, "`shards` must be in [-1, ", num_shards,
-                  "), got ", least < -1 ? least : most);
 }
 
 void inflate_shards(const HotSketch& sketch, double* inflation, double growth) {
@@ -47,7 +44,9 @@ void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importa
                    inflated,
                    true,
                    size};
-  check_shards(seen.shards, size, sketch.num_shards);
+  if (!kernels().shards_fit(seen.shards, size, sketch.num_shards)) {
+    refuse_shards(seen.shards, size, sketch.num_shards);
+  }
   if (sketch.num_shards == 0) return;
   inflate_shards(sketch, inflated, growth);
   seen.same_inflation = std::all_of(inflated, inflated + sketch.num_shards,

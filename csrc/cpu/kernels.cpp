@@ -10,6 +10,7 @@
 namespace torchrec_cafe {
 
 extern const Kernels CAFE_KERNELS;
-const Kernels CAFE_KERNELS{CAFE_CAPABILITY, observe, observe_owned, renormalise, remap, rebalance};
+const Kernels CAFE_KERNELS{CAFE_CAPABILITY, shards_fit,     observe, observe_owned,
+                           renormalise,     offsets_ascend, remap,   rebalance};
 
 }  // namespace torchrec_cafe

@@ -45,6 +45,9 @@ struct RemapOutput {
 struct Kernels {
   const char* name;
 
+  // Whether all shards are in [-1, num_shards).
+  bool (*shards_fit)(const int32_t* shards, int64_t size, int64_t num_shards);
+
   // Inserts all occurrences, in order.
   void (*observe)(const HotSketch& sketch, const Occurrences& seen, Events* events);
 
@@ -54,6 +57,9 @@ struct Kernels {
 
   // Multiplies the scores of a shard by kRenormalise.
   void (*renormalise)(Bucket* buckets, int64_t num_buckets);
+
+  // Whether the offsets ascend.
+  bool (*offsets_ascend)(const int64_t* offsets, int64_t size);
 
   // Maps the ids of samples [begin, end); `sketch.num_buckets` may be 0.
   void (*remap)(const RowMap& map, const HotSketch& sketch, const RemapInput& in,

@@ -107,6 +107,13 @@ inline void make_block_at(const HotSketch& sketch, const Occurrences& seen, int3
   make_block(sketch, seen, gathered.keys, gathered.shards, gathered.importance, size, block);
 }
 
+bool shards_fit(const int32_t* shards, int64_t size, int64_t num_shards) {
+  int32_t wrong = 0;
+  const auto most = static_cast<int32_t>(num_shards);
+  for (int64_t i = 0; i < size; ++i) wrong |= (shards[i] < -1) | (shards[i] >= most);
+  return wrong == 0;
+}
+
 void observe(const HotSketch& sketch, const Occurrences& seen, Events* events) {
   Gathered gathered[2];  // as many as there are blocks
   int32_t positions[kBlock];

@@ -17,13 +17,6 @@ using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Below this many bags per thread, starting the threads costs more than they save.
 constexpr int64_t kBagsPerThread = 2048;
 
-void check_offsets(const int64_t* offsets, int64_t size, int64_t num_ids) {
-  bool ascend = true;
-  for (int64_t i = 1; i < size; ++i) ascend &= offsets[i] >= offsets[i - 1];
-  STD_TORCH_CHECK(ascend && offsets[0] == 0 && offsets[size - 1] == num_ids,
-                  "`offsets` must ascend from 0 to the number of ids, ", num_ids);
-}
-
 Remapped remap_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
                    const Tensor& buckets, int64_t first_shard, int64_t num_shards,
                    int64_t rows_per_shard, int64_t hot_offset) {
@@ -32,7 +25,9 @@ Remapped remap_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& table
       row_map(tables, offsets, buckets, first_shard, num_shards, rows_per_shard, hot_offset);
   const int64_t num_ids = ids.numel();
   const RemapInput in{ids.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>()};
-  check_offsets(in.offsets, offsets.numel(), num_ids);
+  STD_TORCH_CHECK(kernels().offsets_ascend(in.offsets, offsets.numel()) && in.offsets[0] == 0 &&
+                      in.offsets[offsets.numel() - 1] == num_ids,
+                  "`offsets` must ascend from 0 to the number of ids, ", num_ids);
 
   const int32_t int32 = aoti_torch_dtype_int32();
   const int32_t int64 = aoti_torch_dtype_int64();

@@ -175,6 +175,12 @@ void find_hot_rows(const RowMap& map_in, const HotSketch& sketch_in, const Remap
   }
 }
 
+bool offsets_ascend(const int64_t* offsets, int64_t size) {
+  int64_t wrong = 0;
+  for (int64_t i = 1; i < size; ++i) wrong |= offsets[i] < offsets[i - 1];
+  return wrong == 0;
+}
+
 void remap(const RowMap& map, const HotSketch& sketch, const RemapInput& in, const RemapOutput& out,
            int64_t begin, int64_t end) {
   int64_t next = 0;

@@ -252,7 +252,7 @@ GOOD = batch([(1, 0, 1.0), (2, 1, 2.0)])
         (ValueError, r"`importance` must have shape \[2\], got \[1\]", {"importance": GOOD[2][:1]}),
         (ValueError, r"`keys` must have shape \[any\]", {"keys": GOOD[0].view(1, 2)}),
         (ValueError, r"`growth` must be in \[1, 2\*\*60\], got 0.5", {"growth": 0.5}),
-        (ValueError, r"observe: `shards` must be in \[-1, 3\), got 8", {"shards": GOOD[1] + 7}),
+        (ValueError, r"observe: `shards` must be in \[-1, 3\), got 7", {"shards": GOOD[1] + 7}),
         (ValueError, r"`shards` must be in \[-1, 3\), got -2", {"shards": GOOD[1] - 2}),
     ],
 )

@@ -332,7 +332,7 @@ def resident_bytes(module: nn.Module) -> int:
             weights: list[Tensor] = kernel.split_embedding_weights()
             total += sum(w.numel() * w.element_size() for w in weights)
             if isinstance(kernel, CompressedEmbeddingBag) and kernel.bags.pool is not None:
-                total += kernel.bags.pool.sketch.num_bytes
+                total += kernel.bags.pool.num_bytes
     return total
 
 

@@ -121,11 +121,6 @@ class SketchState:
         """The state by name, not copied."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
 
 def observe(
     state: SketchState, keys: Tensor, shards: Tensor, importance: Tensor, *, growth: float = 1.0

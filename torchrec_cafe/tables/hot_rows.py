@@ -109,6 +109,11 @@ class HotRowPool(nn.Module):
         """What a checkpoint has to hold, not copied; the first axis is the virtual shard."""
         return self.sketch.tensors() | {"norms": self._norms}
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the state: sketch, map of owners and statistics."""
+        return sum(t.numel() * t.element_size() for t in self.state_tensors().values())
+
     def hot_rows(self) -> HotRows:
         """Where a lookup finds the ids that own a row."""
         buckets = self.sketch.buckets
