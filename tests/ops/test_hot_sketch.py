@@ -1,6 +1,9 @@
 """HotSketch: the operators against their definition, and the properties that define a sketch."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -144,9 +147,9 @@ def test_union_of_shards_equals_whole(occurrences):
 
 def test_result_does_not_depend_on_threads():
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randint(0, 500, (4096,), generator=generator)
-    shards = (keys % 64).int()
-    importance = torch.rand(4096, generator=generator)
+    keys = torch.randint(0, 500, (20_000,), generator=generator)
+    shards = (keys % 65 - 1).int()
+    importance = torch.rand(20_000, generator=generator)
     states, threads = [], torch.get_num_threads()
     try:
         for number in (1, 2, 4):
@@ -160,6 +163,67 @@ def test_result_does_not_depend_on_threads():
         torch.set_num_threads(threads)
     assert_equal(states[0], states[1])
     assert_equal(states[0], states[2])
+
+
+_DIGEST = """
+import hashlib, torch
+from torchrec_cafe import ops
+generator = torch.Generator().manual_seed(0)
+state = ops.SketchState.empty(shards=16, buckets=8, hot_rows=20)
+tables = torch.tensor([[3000, 40, 0, 0, 0], [9, 9, 0, 40, -1]])
+hot = ops.HotRows(
+    buckets=state.buckets, first_shard=0, num_shards=16, rows_per_shard=20, offset=49
+)
+digest = hashlib.sha256()
+for _ in range(6):
+    ids = torch.randint(0, 9, (4000,), generator=generator)
+    ids[:2000] = (torch.rand(2000, generator=generator) ** 3 * 3000).long()
+    remapped = ops.remap(ids, torch.arange(4001), tables, hot)
+    ops.observe(
+        state, remapped.keys, remapped.shards, torch.rand(4000, generator=generator), growth=1.1
+    )
+    ops.rebalance(state, torch.arange(16), hysteresis=0.1)
+    for tensor in (*remapped, *state.tensors().values()):
+        digest.update(tensor.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_result_does_not_depend_on_the_instruction_set():
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", _DIGEST],
+            env=os.environ | {"CAFE_CPU_CAPABILITY": capability},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        ).stdout
+        for capability in ("default", "avx2", "avx512")
+    }
+    assert len(digests) == 1
+
+
+def test_a_saved_sketch_goes_on_bit_for_bit(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+
+    def learn(state: SketchState) -> None:
+        keys = (torch.rand(5000, generator=generator) ** 3 * 400).long()
+        shards, importance = (keys % 4 - 1).int(), torch.rand(5000, generator=generator)
+        ops.observe(state, keys, shards, importance, growth=1.5)
+        ops.rebalance(state, torch.arange(SHARDS), hysteresis=0.1)
+
+    state = empty()
+    for _ in range(5):
+        learn(state)
+    torch.save(state.tensors(), tmp_path / "sketch.pt")
+    loaded = SketchState(**torch.load(tmp_path / "sketch.pt"))
+    assert_equal(state, loaded)
+    before = generator.get_state()
+    learn(state)
+    generator.set_state(before)
+    learn(loaded)
+    assert_equal(state, loaded)
 
 
 def test_hot_rows_go_to_highest_scores():
@@ -223,6 +287,7 @@ def test_frequent_keys_are_held_as_often_as_the_paper_says():
 def test_opcheck():
     state = empty()
     keys, shards, importance = batch([(1, 0, 1.0), (2, 1, 2.0), (1, 0, 0.5)])
+    torch.library.opcheck(torch.ops.torchrec_cafe.advise_huge_pages, (state.buckets,))
     torch.library.opcheck(
         torch.ops.torchrec_cafe.observe,
         (
@@ -263,6 +328,15 @@ def test_observe_refuses_and_leaves_the_state(error, message, change):
     with pytest.raises(error, match=message):
         ops.observe(state, **arguments)
     assert_equal(state, before)
+
+
+def test_tensors_of_several_devices_are_refused():
+    state = empty()
+    keys, shards, importance = GOOD
+    with pytest.raises(ValueError, match="one device, got `keys` on meta, `shards` on cpu"):
+        ops.observe(state, keys.to("meta"), shards, importance)
+    with pytest.raises(ValueError, match="one device, got `selected` on meta, `state` on cpu"):
+        ops.rebalance(state, torch.tensor([0], device="meta"))
 
 
 def test_rebalance_and_state_refuse():

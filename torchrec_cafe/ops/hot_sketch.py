@@ -225,9 +225,19 @@ def _(tensor: Tensor) -> None:
     return None
 
 
+# A meta tensor among others takes a call here: it must not be a silent nothing.
 @torch.library.register_fake("torchrec_cafe::observe")
-def _(*_args: object) -> None:
-    return None
+def _(  # noqa: PLR0913  the schema has as many arguments
+    keys: Tensor,
+    shards: Tensor,
+    importance: Tensor,
+    buckets: Tensor,
+    inflation: Tensor,
+    counters: Tensor,
+    growth: float,
+) -> None:
+    tensors = {"keys": keys, "shards": shards, "importance": importance}
+    check_same_device("observe", **tensors, state=buckets)
 
 
 @torch.library.register_fake("torchrec_cafe::rebalance")
@@ -240,6 +250,7 @@ def _(  # noqa: PLR0913  the schema has as many arguments
     min_score: float,
     hysteresis: float,
 ) -> tuple[Tensor, Tensor]:
+    check_same_device("rebalance", selected=selected, state=buckets)
     shape = (selected.shape[0], owners.shape[1])
     actions = torch.empty(shape, dtype=torch.int8, device=selected.device)
     return actions, torch.empty(shape, dtype=torch.int64, device=selected.device)

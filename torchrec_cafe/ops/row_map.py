@@ -223,6 +223,8 @@ def _(  # noqa: PLR0913  the schema has as many arguments
     rows_per_shard: int,
     hot_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_same_device("remap", ids=ids, offsets=offsets, tables=tables, buckets=buckets)
+
     def int32() -> Tensor:
         return torch.empty_like(ids, dtype=torch.int32)
 
