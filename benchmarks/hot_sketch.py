@@ -193,10 +193,11 @@ def _judge(prefix: str, speed: dict[str, float], *, large: bool) -> list[Row]:
         add(ours, speed[ours], unit, base, None if base is None else 2 * base)
         if base is not None:
             add(theirs, base, unit, None, None)
-        share = speed[ours] / speed["random reads"]
-        add(f"{ours}/share of random reads", share, "", None, 0.6 if large else None)
         step = speed[f"{ours} step"]
         add(f"{ours}, batch {STEP}", step, unit, speed[ours], None)
+        for name, value in ((ours, speed[ours]), (f"{ours}, batch {STEP}", step)):
+            share = value / speed["random reads"]
+            add(f"{name}/share of random reads", share, "", None, 0.6 if large else None)
         add(f"{ours}, batch {STEP}, 2 threads", speed[f"{ours} step 2"] / step, "x", 1.0, 1.7)
     for name in ("random reads", "random updates"):
         add(name, speed[name], unit, None, None)

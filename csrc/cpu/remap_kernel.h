@@ -9,10 +9,11 @@
 namespace torchrec_cafe {
 namespace {
 
-constexpr int kLookupBlock = 64;
+// How many buckets are on their way from memory: looking one up takes a hundredth of fetching it.
+constexpr int kLookupBlock = 192;
 
 // Few enough bags at a time for all that is known of their ids to be in the first caches.
-constexpr int64_t kTileBags = 1024;
+constexpr int64_t kTileBags = 2048;
 
 // The ids of some samples, feature after feature as they come.
 struct Tile {
