@@ -139,6 +139,15 @@ void observe(const HotSketch& sketch, const Occurrences& seen, Events* events) {
   });
 }
 
+// The processor's own prefetching loses track of streams that are read in part, between random
+// accesses.
+inline void ask_for_input(const Occurrences& seen, int64_t from) {
+  if (from + kBlock > seen.size) return;
+  for (int i = 0; i < kBlock; i += 8) __builtin_prefetch(seen.keys + from + i);
+  for (int i = 0; i < kBlock; i += 16) __builtin_prefetch(seen.shards + from + i);
+  for (int i = 0; i < kBlock; i += 16) __builtin_prefetch(seen.importance + from + i);
+}
+
 void observe_owned(const HotSketch& sketch, const Occurrences& seen, const int32_t* owned,
                    Events* events) {
   Gathered gathered[2];
@@ -150,6 +159,7 @@ void observe_owned(const HotSketch& sketch, const Occurrences& seen, const int32
     int found = 0;
     while (from < seen.size && found < kBlock) {
       const int64_t to = from + kBlock < seen.size ? from + kBlock : seen.size;
+      ask_for_input(seen, from + 8 * kBlock);
       for (; from < to; ++from) {
         positions[found] = static_cast<int32_t>(from);
         found -= owned[seen.shards[from] + 1];
