@@ -52,7 +52,8 @@ void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importa
   seen.same_inflation = std::all_of(inflated, inflated + sketch.num_shards,
                                     [&](double inflation) { return inflation == *inflated; });
 
-  const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), sketch.num_shards);
+  const int64_t most =
+      std::min<int64_t>({torch::stable::get_num_threads(), sketch.num_shards, kShardGroups});
   const int64_t num_threads = std::clamp<int64_t>(size / kOccurrencesPerThread, 1, most);
   std::vector<Events> events(num_threads * sketch.num_shards);
   if (num_threads == 1) {

@@ -51,8 +51,8 @@ struct Kernels {
   // Inserts all occurrences, in order.
   void (*observe)(const HotSketch& sketch, const Occurrences& seen, Events* events);
 
-  // Inserts those whose shard s has owned[s + 1] = -1, in order; for all others it is 0.
-  void (*observe_owned)(const HotSketch& sketch, const Occurrences& seen, const int32_t* owned,
+  // Inserts those whose shard s has bit s % kShardGroups set in `groups`, in order.
+  void (*observe_owned)(const HotSketch& sketch, const Occurrences& seen, uint64_t groups,
                         Events* events);
 
   // Multiplies the scores of a shard by kRenormalise.

@@ -2,36 +2,35 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <numeric>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/select.h"
 
 namespace torchrec_cafe {
 
-// Divides the shards so that every thread has about as much to do, judged by a sample. The division
-// is free to be any: results do not depend on it. Returns, for each thread, the `owned` argument of
-// Kernels::observe_owned; shard -1, which is not tracked, is nobody's.
-inline std::vector<std::vector<int32_t>> divide_shards(const Occurrences& seen, int64_t num_shards,
-                                                       int64_t num_threads) {
+// Divides the shards, by groups, so that every thread has about as much to do, judged by a sample.
+// The division is free to be any: results do not depend on it. Returns the groups of each thread.
+inline std::vector<uint64_t> divide_shards(const Occurrences& seen, int64_t num_threads) {
   constexpr int64_t kStride = 17;
-  std::vector<int64_t> work(num_shards, 1);
+  std::array<int64_t, kShardGroups> work{};
   for (int64_t i = 0; i < seen.size; i += kStride) {
-    if (seen.shards[i] >= 0) work[seen.shards[i]] += kStride;
+    if (seen.shards[i] >= 0) ++work[seen.shards[i] % kShardGroups];
   }
-  std::vector<int64_t> by_work(num_shards);
+  std::array<int, kShardGroups> by_work;
   std::iota(by_work.begin(), by_work.end(), 0);
-  std::sort(by_work.begin(), by_work.end(),
-            [&](int64_t a, int64_t b) { return work[a] > work[b]; });
+  std::sort(by_work.begin(), by_work.end(), [&](int a, int b) { return work[a] > work[b]; });
   std::vector<int64_t> load(num_threads, 0);
-  std::vector<std::vector<int32_t>> owned(num_threads, std::vector<int32_t>(num_shards + 1, 0));
-  for (const int64_t shard : by_work) {
+  std::vector<uint64_t> groups(num_threads, 0);
+  for (const int group : by_work) {
     const auto least = std::min_element(load.begin(), load.end());
-    *least += work[shard];
-    owned[least - load.begin()][shard + 1] = -1;
+    *least += work[group];
+    groups[least - load.begin()] |= uint64_t{1} << group;
   }
-  return owned;
+  return groups;
 }
 
 // Every shard belongs to one thread, which works through its occurrences in batch order: the result
@@ -42,9 +41,9 @@ inline std::vector<std::vector<int32_t>> divide_shards(const Occurrences& seen, 
 template <typename ParallelFor>
 void observe_in_parallel(const Kernels& kernels, const HotSketch& sketch, const Occurrences& seen,
                          int64_t num_threads, Events* events, const ParallelFor& parallel_for) {
-  const auto owned = divide_shards(seen, sketch.num_shards, num_threads);
+  const std::vector<uint64_t> groups = divide_shards(seen, num_threads);
   parallel_for(num_threads, [&](int64_t t) {
-    kernels.observe_owned(sketch, seen, owned[t].data(), events + t * sketch.num_shards);
+    kernels.observe_owned(sketch, seen, groups[t], events + t * sketch.num_shards);
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/select.h"
 
 namespace torchrec_cafe {
 namespace {
@@ -53,9 +54,13 @@ struct Gathered {
   float importance[2 * kBlock];
 
   void gather(const Occurrences& seen, const int32_t* positions, int size) {
-    for (int i = 0; i < size; ++i) keys[i] = seen.keys[positions[i]];
-    for (int i = 0; i < size; ++i) shards[i] = seen.shards[positions[i]];
-    for (int i = 0; i < size; ++i) importance[i] = seen.importance[positions[i]];
+    const Occurrences from = seen;  // in registers
+    for (int i = 0; i < size; ++i) {
+      const int32_t at = positions[i];
+      keys[i] = from.keys[at];
+      shards[i] = from.shards[at];
+      importance[i] = from.importance[at];
+    }
   }
 };
 
@@ -148,10 +153,10 @@ inline void ask_for_input(const Occurrences& seen, int64_t from) {
   for (int i = 0; i < kBlock; i += 16) __builtin_prefetch(seen.importance + from + i);
 }
 
-void observe_owned(const HotSketch& sketch, const Occurrences& seen, const int32_t* owned,
+void observe_owned(const HotSketch& sketch, const Occurrences& seen, uint64_t groups,
                    Events* events) {
   Gathered gathered[2];
-  int32_t positions[2 * kBlock];
+  int32_t positions[2 * kBlock + 4];
   int current = 0;
   int64_t from = 0;
   apply_all(sketch, events, [&](Block& block) {
@@ -160,10 +165,8 @@ void observe_owned(const HotSketch& sketch, const Occurrences& seen, const int32
     while (from < seen.size && found < kBlock) {
       const int64_t to = from + kBlock < seen.size ? from + kBlock : seen.size;
       ask_for_input(seen, from + 8 * kBlock);
-      for (; from < to; ++from) {
-        positions[found] = static_cast<int32_t>(from);
-        found -= owned[seen.shards[from] + 1];
-      }
+      found += select(seen.shards, from, to, groups, positions + found);
+      from = to;
     }
     make_block_at(sketch, seen, positions, found, gathered[current ^= 1], events, block);
     return true;
