@@ -224,7 +224,7 @@ def measure_speed(options: argparse.Namespace) -> list[Row]:
         } | _floor_jobs(floor, buckets, size)
         if released is not None:
             jobs |= _released_jobs(released, index, case)
-        seconds = interleaved(jobs, 3 if options.quick else 7)
+        seconds = interleaved(jobs, 3 if options.quick else 15)
         speed = {job: size / took / 1e6 for job, took in seconds.items()}
         rows += _judge(f"{name}/{buckets} buckets", speed, large=buckets == SIZES[-1][0])
         took = interleaved({"rebalance": case.rebalance_job()}, 5)["rebalance"]

@@ -35,12 +35,12 @@ BATCH = 8192
 RULES = {
     "SpaceSaving, cold slots": (0, 0.0),
     "SpaceSaving, all slots": (1, 0.0),
-    "released code's": (2, 0.0),
+    "the released code's rule": (2, 0.0),
     "replace, inherit nothing": (3, 0.0),
-    "wear 1": (4, 1.0),
-    "wear 1/2": (4, 0.5),
-    "wear 1/4": (4, 0.25),
-    "wear 1/8": (4, 0.125),
+    "wear off all": (4, 1.0),
+    "wear off 1/2": (4, 0.5),
+    "wear off 1/4": (4, 0.25),
+    "wear off 1/8": (4, 0.125),
 }
 
 
@@ -160,15 +160,18 @@ def _run_rule(
 
 
 def _plot(path: str, figures: dict[str, list[float]]) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(7.5, 5))
     memory = list(PAPER)
+    colours = iter(plt.get_cmap("tab10").colors)  # pyright: ignore[reportAttributeAccessIssue]
     for name, values in figures.items():
         ours = name.startswith("torchrec_cafe")
-        axes.plot(memory, values, marker="o", label=name, linewidth=2.5 if ours else 1)
-    axes.plot(memory, list(PAPER.values()), "k--", marker="s", label="CAFE paper (Criteo), c = 4")
+        style = {"color": "black"} if ours else {"color": next(colours), "linestyle": "--"}
+        marker = "v" if "64 shards" in name else "^" if name.endswith(" 0") else "o"
+        axes.plot(memory, values, marker=marker, label=name, markersize=5, **style)
+    axes.plot(memory, list(PAPER.values()), "r*", markersize=12, label="CAFE paper (Criteo), c = 4")
     axes.set(xlabel="bytes of sketch per hot row", ylabel="recall of the true top k")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -192,7 +195,9 @@ def measure_recall(*, quick: bool, plot: str = "") -> list[Row]:
             yield from ((rule, 16, 0.1) for rule in RULES)
 
     for name, shards, hysteresis in tqdm(list(jobs()), desc="recall", leave=False):
-        label = f"{name}, {shards} shards, hysteresis {hysteresis:g}"
+        label = name
+        if name == "torchrec_cafe":
+            label = f"{name}, {shards} shards, hysteresis {hysteresis:g}"
         for memory, paper in PAPER.items():
             layout = Layout.of(shards, memory)
             if name == "torchrec_cafe":
