@@ -162,12 +162,14 @@ def _run_rule(
 def _plot(path: str, figures: dict[str, list[float]]) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 5))
     memory = list(PAPER)
-    colours = iter(plt.get_cmap("tab10").colors)  # pyright: ignore[reportAttributeAccessIssue]
+    others = 0
     for name, values in figures.items():
         ours = name.startswith("torchrec_cafe")
-        style = {"color": "black"} if ours else {"color": next(colours), "linestyle": "--"}
         marker = "v" if "64 shards" in name else "^" if name.endswith(" 0") else "o"
-        axes.plot(memory, values, marker=marker, label=name, markersize=5, **style)
+        (line,) = axes.plot(memory, values, marker=marker, label=name, markersize=5)
+        line.set_color("black" if ours else f"C{others}")
+        line.set_linestyle("-" if ours else "--")
+        others += not ours
     axes.plot(memory, list(PAPER.values()), "r*", markersize=12, label="CAFE paper (Criteo), c = 4")
     axes.set(xlabel="bytes of sketch per hot row", ylabel="recall of the true top k")
     axes.grid(alpha=0.3)
