@@ -51,23 +51,39 @@ CAFE_HOST_DEVICE inline int ceil_log2(uint64_t n) {
 // stay neighbours: contiguous ranges would put every popular id on the first rank, and every
 // popular id into the first shared rows.
 //
-// It permutes the words of ceil_log2(n) bits (xor-shift and odd multiplication are bijections of
-// them) and walks the cycle until it is back below n: at most two steps on average.
-CAFE_HOST_DEVICE inline int64_t mix_id(int64_t id, int64_t n) {
-  const int bits = ceil_log2(static_cast<uint64_t>(n));
-  if (bits < 2) return id;
-  const uint64_t mask = (uint64_t{1} << bits) - 1;
-  const int shift = (bits + 1) / 2;
-  uint64_t x = static_cast<uint64_t>(id);
-  do {
+// A round permutes the words of ceil_log2(n) bits (xor-shift and odd multiplication are bijections
+// of them); rounds are repeated until the word is back below n: at most two on average.
+struct Mixer {
+  uint64_t n;
+  uint64_t mask;
+  int shift;
+
+  CAFE_HOST_DEVICE explicit Mixer(int64_t size)
+      : n(static_cast<uint64_t>(size)),
+        mask((uint64_t{1} << ceil_log2(n)) - 1),
+        shift((ceil_log2(n) + 1) / 2) {}
+
+  CAFE_HOST_DEVICE uint64_t round(uint64_t x) const {
     x ^= x >> shift;
     x = (x * 0xff51afd7ed558ccdULL + 0x9e3779b97f4a7c15ULL) & mask;
     x ^= x >> shift;
     x = (x * 0xc4ceb9fe1a85ec53ULL + 0xbf58476d1ce4e5b9ULL) & mask;
     x ^= x >> shift;
     x = (x * 0x94d049bb133111ebULL) & mask;
-    x ^= x >> shift;
-  } while (x >= static_cast<uint64_t>(n));
+    return x ^ (x >> shift);
+  }
+
+  // Two ids or one are too few to mix.
+  CAFE_HOST_DEVICE bool is_identity() const { return n <= 2; }
+};
+
+CAFE_HOST_DEVICE inline int64_t mix_id(int64_t id, int64_t n) {
+  const Mixer mixer(n);
+  if (mixer.is_identity()) return id;
+  uint64_t x = static_cast<uint64_t>(id);
+  do {
+    x = mixer.round(x);
+  } while (x >= mixer.n);
   return static_cast<int64_t>(x);
 }
 

@@ -3,6 +3,7 @@
 // it, made for a newer machine, for the whole program.
 #include "cpu/kernels.h"
 
+#include "cpu/mix_kernel.h"
 #include "cpu/observe_kernel.h"
 #include "cpu/rebalance_kernel.h"
 #include "cpu/remap_kernel.h"
@@ -10,7 +11,7 @@
 namespace torchrec_cafe {
 
 extern const Kernels CAFE_KERNELS;
-const Kernels CAFE_KERNELS{CAFE_CAPABILITY, shards_fit,     observe, observe_owned,
-                           renormalise,     offsets_ascend, remap,   rebalance};
+const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,   shards_fit, observe, observe_owned, renormalise,
+                           offsets_ascend,  remap, rebalance};
 
 }  // namespace torchrec_cafe

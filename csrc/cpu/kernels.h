@@ -45,6 +45,9 @@ struct RemapOutput {
 struct Kernels {
   const char* name;
 
+  // Mixes ids of a table of n > 0; one out of range is taken as id 0. Returns how many were.
+  int64_t (*mix)(const int64_t* ids, int64_t size, int64_t n, int64_t* mixed);
+
   // Whether all shards are in [-1, num_shards).
   bool (*shards_fit)(const int32_t* shards, int64_t size, int64_t num_shards);
 

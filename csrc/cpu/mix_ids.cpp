@@ -1,8 +1,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
 #include "checks.h"
-#include "hash.h"
+#include "cpu/kernels.h"
 
 namespace torchrec_cafe {
 namespace {
@@ -27,16 +29,11 @@ Tensor mix_ids_cpu(const Tensor& ids, const Tensor& feature_offsets, const Tenso
                   "`feature_offsets` must ascend from 0 to the number of ids");
   torch::stable::parallel_for(0, num_features, 1, [&](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; ++f) {
-      const int64_t n = sizes[f];
-      for (int64_t i = offsets[f]; i < offsets[f + 1]; ++i) {
-        if (n == 0) {
-          mixed[i] = in[i];
-        } else if (in[i] < 0 || in[i] >= n) {
-          mixed[i] = mix_id(0, n);
-          ++bad[f];
-        } else {
-          mixed[i] = mix_id(in[i], n);
-        }
+      const int64_t size = offsets[f + 1] - offsets[f];
+      if (sizes[f] == 0) {
+        std::copy_n(in + offsets[f], size, mixed + offsets[f]);
+      } else {
+        bad[f] += kernels().mix(in + offsets[f], size, sizes[f], mixed + offsets[f]);
       }
     }
   });

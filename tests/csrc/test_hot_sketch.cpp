@@ -38,6 +38,25 @@ void test_mixing_is_a_bijection() {
   CHECK(mix_id(large - 1, large) < large);
 }
 
+// Whole vectors and rests, ids in range and not.
+void test_mixing_of_many(const Kernels& kernels) {
+  std::mt19937_64 random(3);
+  for (const int64_t n : {1, 2, 3, 64, 65, 1000, 1 << 20, (1 << 20) + 1}) {
+    for (const int64_t size : {0, 1, 63, 64, 65, 500}) {
+      std::vector<int64_t> ids(size), mixed(size);
+      int64_t wrong = 0;
+      for (int64_t& id : ids) {
+        id = static_cast<int64_t>(random() % (n + 2)) - 1;
+        wrong += id < 0 || id >= n;
+      }
+      CHECK(kernels.mix(ids.data(), size, n, mixed.data()) == wrong);
+      for (int64_t i = 0; i < size; ++i) {
+        CHECK(mixed[i] == mix_id(ids[i] < 0 || ids[i] >= n ? 0 : ids[i], n));
+      }
+    }
+  }
+}
+
 // Follows one bucket slot by slot: what a sentence of bucket.h says, each on its own.
 void test_random_stream(const Kernels& kernels) {
   std::mt19937_64 random(0);
@@ -151,6 +170,7 @@ int main() {
   test_scores_stay_finite();
   test_rows_and_shards_are_exact();
   for (const Kernels* kernels : all_kernels()) {
+    test_mixing_of_many(*kernels);
     test_random_stream(*kernels);
     test_rows_follow_the_highest_scores(*kernels);
     test_minimum_score(*kernels);
