@@ -1,7 +1,7 @@
 // One bucket of HotSketch: a cache line of kSlots slots, and what happens to it. Torch-free.
 //
-// A slot holds (key, score, hot row). Nothing is encoded in the key: whether a slot is free, cold
-// or hot is read from its hot row alone, so that every int64 is an ordinary key.
+// A slot holds (key, score, hot row). Nothing is encoded in the key: whether a slot is free, cold,
+// medium or hot is read from its hot row alone, so that every int64 is an ordinary key.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,14 @@
 namespace torchrec_cafe {
 
 inline constexpr int kSlots = 4;
-inline constexpr int32_t kFree = -2;  // hot_rows[slot]: the slot holds no key
-inline constexpr int32_t kCold = -1;  // hot_rows[slot]: the slot's key owns no hot row
+inline constexpr int32_t kFree = -2;    // hot_rows[slot]: the slot holds no key
+inline constexpr int32_t kCold = -1;    // hot_rows[slot]: the slot's key owns no hot row
+inline constexpr int32_t kMedium = -3;  // hot_rows[slot]: nor does this one's, but it is half-way
 
 struct Bucket {
   int64_t keys[kSlots];
   float scores[kSlots];      // >= 0 and finite
-  int32_t hot_rows[kSlots];  // kFree, kCold, or the hot row that the key owns
+  int32_t hot_rows[kSlots];  // kFree, kCold, kMedium, or the hot row that the key owns
 };
 static_assert(sizeof(Bucket) == 64, "a bucket is one cache line");
 
@@ -55,6 +56,15 @@ CAFE_HOST_DEVICE inline int32_t hot_row_scalar(const Bucket& bucket, int64_t key
   return row;
 }
 
+// Whether `key` is held and medium.
+CAFE_HOST_DEVICE inline bool is_medium(const Bucket& bucket, int64_t key) {
+  bool medium = false;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    medium |= (bucket.keys[slot] == key) & (bucket.hot_rows[slot] == kMedium);
+  }
+  return medium;
+}
+
 // Adds `score`, in [0, kMaxScore], to `key`. A held key adds, a free slot takes the newcomer. In a
 // full bucket the newcomer takes kWear of its score off the smallest cold slot, and the slot itself
 // if that had less, as in Elastic Sketch's ostracism (SIGCOMM 2018). Hot slots lose their rows in
@@ -87,7 +97,7 @@ CAFE_HOST_DEVICE inline Insertion insert_scalar(Bucket& bucket, int64_t key, flo
     }
     if (best >= 0 && left >= 0.0f) continue;
     bucket.keys[slot] = key;
-    bucket.hot_rows[slot] = best == -1 ? kCold : bucket.hot_rows[slot];
+    bucket.hot_rows[slot] = best == -2 ? bucket.hot_rows[slot] : kCold;
     if (best >= 0) outcome = kReplaced;
   }
   return outcome;

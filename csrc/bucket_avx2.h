@@ -61,14 +61,16 @@ CAFE_HOST_DEVICE inline Insertion insert(Bucket& bucket, int64_t key, float scor
   const __m128 full = _mm_blendv_ps(left, score4, left);
   const __m128 changed = _mm_blendv_ps(full, _mm_add_ps(scores, score4), own);
   const __m128 taken = _mm_and_ps(_mm_castsi128_ps(chosen), _mm_or_ps(own, left));
+  // All ones is kCold, which a slot becomes when a newcomer takes it.
+  const __m128i newcomer = _mm_andnot_si128(_mm_cmpeq_epi32(best, minus_two),
+                                            _mm_srai_epi32(_mm_castps_si128(taken), 31));
   const __m256d taken64 = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(_mm_castps_si128(taken)));
   const __m256d new_keys =
       _mm256_blendv_pd(_mm256_castsi256_pd(keys), _mm256_castsi256_pd(key4), taken64);
 
   _mm256_storeu_pd(reinterpret_cast<double*>(bucket.keys), new_keys);
   _mm_storeu_ps(bucket.scores, _mm_blendv_ps(scores, changed, _mm_castsi128_ps(chosen)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(bucket.hot_rows),
-                   _mm_sub_epi32(rows, _mm_and_si128(is_free, chosen)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(bucket.hot_rows), _mm_or_si128(rows, newcomer));
   const int64_t replaced = _mm_movemask_ps(_mm_andnot_ps(own, taken)) != 0;
   const int64_t skipped = ties == 0;
   return static_cast<Insertion>(replaced * kReplaced + skipped * kSkipped);

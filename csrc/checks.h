@@ -97,6 +97,85 @@ inline void check_observe(const Tensor& keys, const Tensor& shards, const Tensor
   STD_TORCH_CHECK(buckets.size(0) == 0 || buckets.size(1) > 0, "buckets must not be empty");
 }
 
+inline void check_learn(const Tensor& grad, const Tensor& bags, const Tensor& keys,
+                        const Tensor& shards, const Tensor& weights, const Tensor& features,
+                        const Tensor& norms, const Tensor& buckets, const Tensor& inflation,
+                        const Tensor& counters) {
+  check_tensor(grad, "grad", ScalarType::Float, 2);
+  check_tensor(bags, "bags", ScalarType::Int, 1);
+  check_tensor(keys, "keys", ScalarType::Long, 1);
+  check_tensor(shards, "shards", ScalarType::Int, 1);
+  check_tensor(weights, "weights", ScalarType::Float, 1);
+  check_tensor(features, "features", ScalarType::Long, 1);
+  check_tensor(norms, "norms", ScalarType::Double, 3);
+  check_count(keys.numel(), "keys");
+  check_count(grad.size(0), "grad");
+  STD_TORCH_CHECK(shards.numel() == keys.numel() && bags.numel() == keys.numel() &&
+                      (weights.numel() == keys.numel() || weights.numel() == 0),
+                  "keys, shards, bags and weights must have the same length");
+  STD_TORCH_CHECK(features.numel() > 0 && grad.size(0) % features.numel() == 0,
+                  "grad must be [samples * features, dim]");
+  STD_TORCH_CHECK(grad.size(1) % 4 == 0, "grad must have a multiple of 4 columns");
+  check_statistics(buckets, inflation, counters);
+  STD_TORCH_CHECK(norms.size(0) == buckets.size(0) && norms.size(2) == 2,
+                  "norms must be [shards, tables, 2]");
+  check_device(grad, bags, keys, shards, weights, features, norms, buckets);
+  STD_TORCH_CHECK(buckets.size(0) == 0 || buckets.size(1) > 0, "buckets must not be empty");
+}
+
+inline void check_move_rows(const Tensor& rows, const Tensor& actions, const Tensor& new_keys,
+                            const Tensor& selected, const Tensor& tables, int64_t rows_per_shard) {
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float ||
+                      rows.scalar_type() == ScalarType::Half ||
+                      rows.scalar_type() == ScalarType::BFloat16,
+                  "rows has the wrong dtype");
+  STD_TORCH_CHECK(rows.dim() >= 1 && rows.is_contiguous(), "rows must be contiguous");
+  check_tensor(actions, "actions", ScalarType::Char, 2);
+  check_tensor(new_keys, "new_keys", ScalarType::Long, 2);
+  check_tensor(selected, "selected", ScalarType::Long, 1);
+  check_tensor(tables, "tables", ScalarType::Long, 2);
+  check_device(rows, actions, new_keys, selected, tables);
+  STD_TORCH_CHECK(actions.size(0) == selected.numel() && new_keys.size(0) == selected.numel() &&
+                      actions.size(1) == new_keys.size(1),
+                  "actions and new_keys must be [selected, hot rows]");
+  STD_TORCH_CHECK(tables.size(1) == kTableColumns, "tables must have ", kTableColumns, " columns");
+  STD_TORCH_CHECK(rows_per_shard >= actions.size(1),
+                  "`rows_per_shard` must be at least the hot rows of a shard");
+}
+
+inline void check_second_rows(const Tensor& rows, const Tensor& offsets, const Tensor& source,
+                              const Tensor& keys, const Tensor& shards, const Tensor& buckets,
+                              int64_t hot_rows_per_shard, int64_t rows_per_shard) {
+  check_tensor(rows, "rows", ScalarType::Long, 1);
+  check_tensor(offsets, "offsets", ScalarType::Long, 1);
+  check_tensor(source, "source", ScalarType::Int, 1);
+  check_tensor(keys, "keys", ScalarType::Long, 1);
+  check_tensor(shards, "shards", ScalarType::Int, 1);
+  check_buckets(buckets);
+  check_device(rows, offsets, source, keys, shards, buckets);
+  check_count(2 * rows.numel(), "twice rows");
+  STD_TORCH_CHECK(source.numel() == rows.numel() && keys.numel() == rows.numel() &&
+                      shards.numel() == rows.numel(),
+                  "rows, source, keys and shards must have the same length");
+  STD_TORCH_CHECK(offsets.numel() > 0, "offsets must have at least one element");
+  STD_TORCH_CHECK(hot_rows_per_shard >= 0 && rows_per_shard > hot_rows_per_shard,
+                  "`rows_per_shard` must be more than the hot rows of a shard");
+}
+
+inline void check_quotient_remainder(const Tensor& ids, const Tensor& offsets,
+                                     const Tensor& tables) {
+  check_tensor(ids, "ids", ScalarType::Long, 1);
+  check_tensor(offsets, "offsets", ScalarType::Long, 1);
+  check_tensor(tables, "tables", ScalarType::Long, 2);
+  check_device(ids, offsets, tables);
+  check_count(2 * ids.numel(), "twice ids");
+  check_count(offsets.numel(), "offsets");
+  STD_TORCH_CHECK(tables.size(1) == kTableColumns, "tables must have ", kTableColumns, " columns");
+  STD_TORCH_CHECK(tables.size(0) > 0, "tables must have at least one row");
+  STD_TORCH_CHECK(offsets.numel() > 0 && (offsets.numel() - 1) % tables.size(0) == 0,
+                  "offsets must have features * batch + 1 elements");
+}
+
 inline void check_rebalance(const Tensor& selected, const Tensor& buckets, const Tensor& owners,
                             const Tensor& inflation, const Tensor& counters) {
   check_tensor(selected, "selected", ScalarType::Long, 1);

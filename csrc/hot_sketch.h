@@ -60,10 +60,11 @@ CAFE_HOST_DEVICE inline float score_of(float importance, double inflation) {
 inline constexpr int8_t kKeepRow = 0;  // actions[row]: nothing changed
 inline constexpr int8_t kCopyRow = 1;  // actions[row]: the row has a new owner; copy its shared row
 inline constexpr int8_t kClearRow = 2;  // actions[row]: the row lost its owner; clear it
+inline constexpr int8_t kAddRow = 3;    // actions[row]: as kCopyRow, but the new owner had two rows
 
 // The slots whose scores a RadixSelect ranks.
 struct Candidates {
-  int32_t most;  // hot rows above this are left out: kMaxRow for all, kCold for cold slots only
+  int32_t most;  // hot rows above this are left out: kMaxRow for all, kCold for slots without one
   float least;   // scores below this are left out
 
   static constexpr int32_t kMaxRow = 0x7fffffff;
@@ -124,9 +125,23 @@ struct Shard {
     return kClearRow;
   }
 
-  CAFE_HOST_DEVICE void promote(int64_t slot, int64_t row) const {
+  CAFE_HOST_DEVICE bool wants_row(int64_t slot) const {
+    return hot_row(slot) == kCold || hot_row(slot) == kMedium;
+  }
+
+  // Gives a row to a slot without one. Returns what happened to the row.
+  CAFE_HOST_DEVICE int8_t promote(int64_t slot, int64_t row) const {
+    const int8_t action = hot_row(slot) == kMedium ? kAddRow : kCopyRow;
     owners[row] = static_cast<int32_t>(slot);
     hot_row(slot) = static_cast<int32_t>(row);
+    return action;
+  }
+
+  // Keys without a row are medium from the threshold on, and stay it down to what keeps it.
+  CAFE_HOST_DEVICE void set_medium(int64_t slot, float at_least, float keep) const {
+    if (!wants_row(slot)) return;
+    const float needed = hot_row(slot) == kMedium ? keep : at_least;
+    hot_row(slot) = score(slot) >= needed ? kMedium : kCold;
   }
 };
 

@@ -15,7 +15,21 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       "observe(Tensor keys, Tensor shards, Tensor importance, Tensor(a!) buckets,"
       " Tensor(b!) inflation, Tensor(c!) counters, float growth) -> ()");
   m.def(
+      "learn(Tensor grad, Tensor bags, Tensor keys, Tensor shards, Tensor weights,"
+      " Tensor features, Tensor(a!) norms, Tensor(b!) buckets, Tensor(c!) inflation,"
+      " Tensor(d!) counters, float decay, float growth) -> ()");
+  m.def(
       "rebalance(Tensor selected, Tensor(a!) buckets, Tensor(b!) owners, Tensor inflation,"
-      " Tensor(c!) counters, float min_score, float hysteresis)"
+      " Tensor(c!) counters, float min_score, float hysteresis, int num_medium)"
       " -> (Tensor actions, Tensor new_keys)");
+  m.def(
+      "move_rows(Tensor(a!) rows, Tensor actions, Tensor new_keys, Tensor selected, Tensor tables,"
+      " int rows_per_shard, int hot_offset, float second_factor) -> ()");
+  m.def(
+      "add_second_rows(Tensor rows, Tensor offsets, Tensor source, Tensor keys, Tensor shards,"
+      " Tensor buckets, int hot_rows_per_shard, int rows_per_shard, int hot_offset)"
+      " -> (Tensor rows, Tensor offsets, Tensor source)");
+  m.def(
+      "quotient_remainder(Tensor ids, Tensor offsets, Tensor tables)"
+      " -> (Tensor rows, Tensor offsets, Tensor source)");
 }

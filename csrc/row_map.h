@@ -20,6 +20,32 @@ CAFE_HOST_DEVICE inline int64_t scaled(int64_t x, int64_t numerator, int64_t div
   return estimate + (rest >= divisor ? 1 : 0) - (rest < 0 ? 1 : 0);
 }
 
+// The table and the mixed id of a key; see Table::key.
+CAFE_HOST_DEVICE inline int64_t table_of_key(int64_t key) { return key >> 48; }
+CAFE_HOST_DEVICE inline int64_t id_of_key(int64_t key) { return key & ((int64_t{1} << 48) - 1); }
+
+// Which of a shard's second rows a medium key adds to its shared row. The sketch's buckets are
+// chosen by the other half of the hash.
+CAFE_HOST_DEVICE inline int64_t second_row(int64_t key, int64_t num_rows) {
+  const uint64_t low = hash64(static_cast<uint64_t>(key)) & 0xffffffffu;
+  return static_cast<int64_t>((low * static_cast<uint64_t>(num_rows)) >> 32);
+}
+
+// The rows of a pool: those of its shards one after the other, hot rows before second rows.
+struct PoolRows {
+  int64_t offset;          // physical row of the first
+  int64_t rows_per_shard;  // hot and second
+  int64_t hot_rows_per_shard;
+
+  CAFE_HOST_DEVICE int64_t hot(int64_t shard, int64_t row) const {
+    return offset + shard * rows_per_shard + row;
+  }
+  CAFE_HOST_DEVICE int64_t second(int64_t shard, int64_t key) const {
+    const int64_t row = second_row(key, rows_per_shard - hot_rows_per_shard);
+    return hot(shard, hot_rows_per_shard + row);
+  }
+};
+
 // Columns of the `tables` tensor, int64 [features, kTableColumns]; one row per feature.
 inline constexpr int kTableColumns = 5;
 
@@ -52,6 +78,32 @@ struct Table {
 
   // Distinct for every (table, id) of a pool: tables have fewer than 2^48 rows.
   CAFE_HOST_DEVICE int64_t key(int64_t mixed_id) const { return (index << 48) | mixed_id; }
+};
+
+// Rows of an id by the quotient-remainder trick (Shi et al., KDD 2020): one for its remainder by
+// the number of shared rows and, after those, one for its quotient. No two ids have both in common.
+struct QuotientRemainder {
+  struct Rows {
+    int64_t remainder;
+    int64_t quotient;
+  };
+
+  int64_t divisor;
+  int64_t first_id;
+  int64_t row_offset;
+  double inverse;
+
+  CAFE_HOST_DEVICE static QuotientRemainder load(const int64_t* tables, int64_t feature) {
+    const Table table = Table::load(tables, feature);
+    return {table.shared_rows, table.first_id, table.row_offset,
+            1.0 / static_cast<double>(table.shared_rows)};
+  }
+
+  CAFE_HOST_DEVICE Rows rows(int64_t local_id) const {
+    const int64_t mixed_id = first_id + local_id;
+    const int64_t quotient = scaled(mixed_id, 1, divisor, inverse);
+    return {row_offset + mixed_id - quotient * divisor, row_offset + divisor + quotient};
+  }
 };
 
 // What `remap` reads besides the ids.

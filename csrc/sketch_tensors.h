@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "hot_sketch.h"
+#include "move_rows.h"
 #include "row_map.h"
 
 namespace torchrec_cafe {
@@ -48,6 +49,20 @@ inline RebalanceState rebalance_state(const torch::stable::Tensor& buckets,
   return RebalanceState{hot_sketch(buckets), static_cast<int32_t*>(owners.data_ptr()),
                         static_cast<int64_t*>(counters.data_ptr()),
                         inflation.const_data_ptr<double>(), owners.size(1)};
+}
+
+inline RowMoves row_moves(const torch::stable::Tensor& actions,
+                          const torch::stable::Tensor& new_keys,
+                          const torch::stable::Tensor& selected,
+                          const torch::stable::Tensor& tables, int64_t rows_per_shard,
+                          int64_t hot_offset) {
+  return RowMoves{actions.const_data_ptr<int8_t>(),
+                  new_keys.const_data_ptr<int64_t>(),
+                  selected.const_data_ptr<int64_t>(),
+                  tables.const_data_ptr<int64_t>(),
+                  selected.numel(),
+                  tables.size(0),
+                  PoolRows{hot_offset, rows_per_shard, actions.size(1)}};
 }
 
 }  // namespace torchrec_cafe

@@ -1,5 +1,6 @@
 """The kinds: what they cost, and what they refuse."""
 
+import functools
 import math
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from torchrec.modules.embedding_configs import DataType
 
 import torchrec_cafe as tc
-from torchrec_cafe.config import TableShape
+from torchrec_cafe.config import TableShape, remainder_rows
+from torchrec_cafe.config.hashing import fewest_rows
 from torchrec_cafe.ops import SketchState
 
 
@@ -24,11 +26,14 @@ def shapes(*sizes: int, dim: int = 16) -> list[TableShape]:
     sizes=st.lists(st.integers(1, 3_000_000), min_size=1, max_size=20),
     compression=st.floats(1, 20_000),
     dim=st.sampled_from([4, 16, 64, 128]),
-    kind=st.sampled_from([tc.Cafe, tc.Hash]),
+    kind=st.sampled_from([tc.Cafe, tc.Hash, tc.QuotientRemainder]),
+    options=st.sampled_from([{}, {"medium_fraction": 0.3}, {"num_shards": 64}]),
 )
 @settings(max_examples=300, deadline=None)
-def test_promise_is_kept_or_refused(sizes, compression, dim, kind):
+def test_promise_is_kept_or_refused(sizes, compression, dim, kind, options):
     tables = shapes(*sizes, dim=dim)
+    if kind is tc.Cafe:
+        kind = functools.partial(tc.Cafe, **options)
     try:
         allocation = kind(compression=compression).allocate(tables)
     except ValueError as error:
@@ -44,7 +49,9 @@ def test_promise_is_kept_or_refused(sizes, compression, dim, kind):
     assert allocation.memory.dense_bytes == dense
     assert allocation.memory.total_bytes <= dense / compression
     for table in tables:
-        assert 1 <= allocation.shared_rows[table.name] <= table.num_embeddings
+        # The quotient-remainder trick has a row for the quotient even where all are 0.
+        most = table.num_embeddings + (kind is tc.QuotientRemainder)
+        assert 1 <= allocation.shared_rows[table.name] <= most
 
 
 def test_breakdown_counts_what_is_allocated():
@@ -63,6 +70,34 @@ def test_breakdown_counts_what_is_allocated():
     assert memory.shared_bytes == sum(allocation.shared_rows.values()) * 64
     # Little of the budget is left unused.
     assert memory.compression < 20.1
+
+
+def test_quotient_remainder_tells_all_ids_apart():
+    tables = shapes(1_000_000, 5_000, 7, 1)
+    allocation = tc.QuotientRemainder(compression=20).allocate(tables)
+    for table in tables:
+        rows = allocation.shared_rows[table.name]
+        divisor = remainder_rows(table.num_embeddings, rows)
+        assert divisor + -(-table.num_embeddings // divisor) == rows
+    with pytest.raises(ValueError, match="the largest compression that works is 467"):
+        tc.QuotientRemainder(compression=1000).allocate(tables)
+
+
+@given(num_ids=st.integers(1, 2**40), extra=st.integers(0, 2**40))
+def test_remainder_rows_are_as_many_as_fit(num_ids, extra):
+    rows = min(fewest_rows(num_ids) + extra, num_ids + 1)
+    divisor = remainder_rows(num_ids, rows)
+    assert divisor + -(-num_ids // divisor) <= rows
+    more = divisor + 1
+    assert divisor == num_ids or more + -(-num_ids // more) > rows
+
+
+def test_small_pools_have_fewer_virtual_shards():
+    tables = shapes(3_000_000, 200_000)
+    assert tc.Cafe(compression=10).allocate(tables).num_shards == 64
+    few = tc.Cafe(compression=3000).allocate(tables)
+    assert few.num_shards == 8
+    assert tc.Cafe(compression=300, num_shards=64).allocate(tables).num_shards == 64
 
 
 def test_small_tables_stay_whole_within_the_budget():
@@ -101,6 +136,9 @@ def test_kinds_are_values():
         (tc.Cafe, {"compression": 9, "half_life": 0}, "half_life must be > 0, got 0"),
         (tc.Cafe, {"compression": 9, "rebalance_interval": 0}, "rebalance_interval must be >= 1"),
         (tc.Cafe, {"compression": 9, "num_shards": 0}, "num_shards must be in"),
+        (tc.Cafe, {"compression": 9, "medium_fraction": 1}, r"medium_fraction must be in \[0, 1\)"),
+        (tc.Cafe, {"compression": 9, "importance": "x"}, "importance must be one of .* got 'x'"),
+        (tc.QuotientRemainder, {"compression": 0}, "compression must be a finite number >= 1"),
     ],
 )
 def test_kinds_refuse(kind, arguments, message):
@@ -127,4 +165,4 @@ def test_too_much_compression_names_what_works():
     largest = float(str(error.value).rsplit(" ", 1)[1])
     tc.Cafe(compression=largest).allocate(shapes(1_000_000, 50_000))
     with pytest.raises(ValueError, match="leave the table uncompressed"):
-        tc.Cafe(compression=2).memory(30, 16, "float32")
+        tc.Cafe(compression=2).memory(3, 16, "float32")

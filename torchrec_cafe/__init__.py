@@ -15,7 +15,7 @@ from torchrec_cafe._library import load_operators
 
 load_operators(__path__)  # before the modules that register fake kernels
 
-from torchrec_cafe.config import Cafe, Hash, MemoryBreakdown  # noqa: E402
+from torchrec_cafe.config import Cafe, Hash, MemoryBreakdown, QuotientRemainder  # noqa: E402
 from torchrec_cafe.distributed import (  # noqa: E402
     EmbeddingBagCollectionSharder,
     EmbeddingShardingPlanner,
@@ -33,6 +33,7 @@ __all__ = [
     "Hash",
     "MemoryBreakdown",
     "ParameterConstraints",
+    "QuotientRemainder",
     "pool_statistics",
     "resident_bytes",
 ]

@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/observe.h"
 #include "cpu/observe_in_parallel.h"
 #include "sketch_tensors.h"
 
@@ -16,14 +17,6 @@ namespace {
 // Below this many occurrences per thread, starting the threads costs more than they save.
 constexpr int64_t kOccurrencesPerThread = 2048;
 
-// Says which shard is wrong; only called when one is.
-void refuse_shards(const int32_t* shards, int64_t size, int64_t num_shards) {
-  for (int64_t i = 0; i < size; ++i) {
-    STD_TORCH_CHECK(shards[i] >= -1 && shards[i] < num_shards, "`shards` must be in [-1, ",
-                    num_shards, "), got ", shards[i]);
-  }
-}
-
 void inflate_shards(const HotSketch& sketch, double* inflation, double growth) {
   for (int64_t s = 0; s < sketch.num_shards; ++s) {
     if (!inflate(inflation[s], growth)) continue;
@@ -31,22 +24,29 @@ void inflate_shards(const HotSketch& sketch, double* inflation, double growth) {
   }
 }
 
-void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importance,
-                 const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
-                 double growth) {
-  check_observe(keys, shards, importance, buckets, inflation, counters);
+}  // namespace
+
+void check_shards(const Tensor& shards, int64_t num_shards) {
+  const int32_t* values = shards.const_data_ptr<int32_t>();
+  if (kernels().shards_fit(values, shards.numel(), num_shards)) return;
+  for (int64_t i = 0; i < shards.numel(); ++i) {  // says which
+    STD_TORCH_CHECK(values[i] >= -1 && values[i] < num_shards, "`shards` must be in [-1, ",
+                    num_shards, "), got ", values[i]);
+  }
+}
+
+void observe_checked(const Tensor& keys, const Tensor& shards, const float* importance,
+                     const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
+                     double growth) {
   const HotSketch sketch = hot_sketch(buckets);
   const int64_t size = keys.numel();
   double* inflated = inflation.mutable_data_ptr<double>();
   Occurrences seen{keys.const_data_ptr<int64_t>(),
                    shards.const_data_ptr<int32_t>(),
-                   importance.const_data_ptr<float>(),
+                   importance,
                    inflated,
                    true,
                    size};
-  if (!kernels().shards_fit(seen.shards, size, sketch.num_shards)) {
-    refuse_shards(seen.shards, size, sketch.num_shards);
-  }
   if (sketch.num_shards == 0) return;
   inflate_shards(sketch, inflated, growth);
   seen.same_inflation = std::all_of(inflated, inflated + sketch.num_shards,
@@ -78,10 +78,21 @@ void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importa
   }
 }
 
+namespace {
+
+void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importance,
+                 const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
+                 double growth) {
+  check_observe(keys, shards, importance, buckets, inflation, counters);
+  check_shards(shards, buckets.size(0));
+  observe_checked(keys, shards, importance.const_data_ptr<float>(), buckets, inflation, counters,
+                  growth);
+}
+
 std::tuple<Tensor, Tensor> rebalance_cpu(const Tensor& selected, const Tensor& buckets,
                                          const Tensor& owners, const Tensor& inflation,
                                          const Tensor& counters, double min_score,
-                                         double hysteresis) {
+                                         double hysteresis, int64_t num_medium) {
   check_rebalance(selected, buckets, owners, inflation, counters);
   const RebalanceState state = rebalance_state(buckets, owners, inflation, counters);
   const int64_t num_selected = selected.numel();
@@ -99,10 +110,10 @@ std::tuple<Tensor, Tensor> rebalance_cpu(const Tensor& selected, const Tensor& b
   torch::stable::parallel_for(0, num_selected, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       int64_t* counts = state.counters + chosen[i] * kCounters;
-      kernels().rebalance(state.shard(chosen[i]),
-                          static_cast<float>(min_score * state.inflation[chosen[i]]),
-                          static_cast<float>(hysteresis), actions_out + i * state.num_hot_rows,
-                          keys_out + i * state.num_hot_rows, counts + kPromoted, counts + kDemoted);
+      kernels().rebalance(
+          state.shard(chosen[i]), static_cast<float>(min_score * state.inflation[chosen[i]]),
+          static_cast<float>(hysteresis), num_medium, actions_out + i * state.num_hot_rows,
+          keys_out + i * state.num_hot_rows, counts + kPromoted, counts + kDemoted);
     }
   });
   return {actions, new_keys};

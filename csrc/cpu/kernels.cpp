@@ -3,15 +3,18 @@
 // it, made for a newer machine, for the whole program.
 #include "cpu/kernels.h"
 
+#include "cpu/importance_kernel.h"
 #include "cpu/mix_kernel.h"
 #include "cpu/observe_kernel.h"
 #include "cpu/rebalance_kernel.h"
 #include "cpu/remap_kernel.h"
+#include "cpu/two_rows_kernel.h"
 
 namespace torchrec_cafe {
 
 extern const Kernels CAFE_KERNELS;
-const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,   shards_fit, observe, observe_owned, renormalise,
-                           offsets_ascend,  remap, rebalance};
+const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,         shards_fit,  observe,  observe_owned,
+                           bag_norms,       scale_norms, weigh,       bags_fit, renormalise,
+                           offsets_ascend,  remap,       find_medium, rebalance};
 
 }  // namespace torchrec_cafe

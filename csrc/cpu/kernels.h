@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "hot_sketch.h"
+#include "importance.h"
 #include "row_map.h"
 
 namespace torchrec_cafe {
@@ -58,6 +59,21 @@ struct Kernels {
   void (*observe_owned)(const HotSketch& sketch, const Occurrences& seen, uint64_t groups,
                         Events* events);
 
+  // Norms of the bags of some samples, [num_samples, num_features], which are added to `sums`,
+  // [num_features].
+  void (*bag_norms)(const float* grad, int64_t dim, int64_t num_features, int64_t num_samples,
+                    float* norms, NormSum* sums);
+
+  // Multiplies norms [num_samples, num_features] by each feature's scale.
+  void (*scale_norms)(const float* scales, int64_t num_features, int64_t num_samples, float* norms);
+
+  // Importance of occurrences: the norm of the bag, times the magnitude of the weight if there are.
+  void (*weigh)(const float* norms, const int32_t* bags, const float* weights, int64_t size,
+                float* importance);
+
+  // Whether all bags are in [0, num_bags).
+  bool (*bags_fit)(const int32_t* bags, int64_t size, int64_t num_bags);
+
   // Multiplies the scores of a shard by kRenormalise.
   void (*renormalise)(Bucket* buckets, int64_t num_buckets);
 
@@ -68,10 +84,14 @@ struct Kernels {
   void (*remap)(const RowMap& map, const HotSketch& sketch, const RemapInput& in,
                 const RemapOutput& out, int64_t begin, int64_t end);
 
-  // Gives a shard's hot rows to its highest scores; see torchrec_cafe.ops.rebalance. `promoted` and
-  // `demoted` are added to.
-  void (*rebalance)(const Shard& shard, float min_score, float hysteresis, int8_t* actions,
-                    int64_t* new_keys, int64_t* promoted, int64_t* demoted);
+  // Marks the keys that are medium, and returns how many are. Shards below 0 are not tracked.
+  int64_t (*find_medium)(const HotSketch& sketch, const int64_t* keys, const int32_t* shards,
+                         int64_t size, uint8_t* medium);
+
+  // Gives a shard's hot rows to its highest scores and makes the next `num_medium` medium; see
+  // torchrec_cafe.ops.rebalance. `promoted` and `demoted` are added to.
+  void (*rebalance)(const Shard& shard, float min_score, float hysteresis, int64_t num_medium,
+                    int8_t* actions, int64_t* new_keys, int64_t* promoted, int64_t* demoted);
 };
 
 // The best that the machine can run, or the one that the environment variable CAFE_CPU_CAPABILITY

@@ -40,7 +40,7 @@ float nth_largest(const Shard& shard, int64_t n, const Candidates& which) {
   return select.score();
 }
 
-void rebalance(const Shard& shard, float min_score, float hysteresis, int8_t* actions,
+void give_rows(const Shard& shard, float min_score, float hysteresis, int8_t* actions,
                int64_t* new_keys, int64_t* promoted, int64_t* demoted) {
   const Candidates all{Candidates::kMaxRow, 0.0f};
   const bool scarce = count(shard, all) > shard.num_hot_rows;
@@ -64,15 +64,30 @@ void rebalance(const Shard& shard, float min_score, float hysteresis, int8_t* ac
   }
   int64_t row = 0;
   for (int64_t slot = 0; slot < shard.num_buckets * kSlots; ++slot) {
-    if (shard.hot_row(slot) != kCold || shard.score(slot) < cut) continue;
+    if (!shard.wants_row(slot) || shard.score(slot) < cut) continue;
     if (shard.score(slot) == cut && at_cut-- <= 0) continue;
     while (row < shard.num_hot_rows && shard.owners[row] != kNoOwner) ++row;
     if (row == shard.num_hot_rows) return;
-    shard.promote(slot, row);
-    actions[row] = kCopyRow;
+    actions[row] = shard.promote(slot, row);
     new_keys[row] = shard.key(slot);
     ++*promoted;
   }
+}
+
+void set_medium(const Shard& shard, int64_t num_medium, float hysteresis) {
+  const Candidates all{Candidates::kMaxRow, 0.0f};
+  const int64_t rank = shard.num_hot_rows + num_medium;
+  const float at_least = count(shard, all) > rank ? nth_largest(shard, rank, all) : 0.0f;
+  const float keep = at_least * (1.0f - hysteresis);
+  for (int64_t slot = 0; slot < shard.num_buckets * kSlots; ++slot) {
+    shard.set_medium(slot, at_least, keep);
+  }
+}
+
+void rebalance(const Shard& shard, float min_score, float hysteresis, int64_t num_medium,
+               int8_t* actions, int64_t* new_keys, int64_t* promoted, int64_t* demoted) {
+  give_rows(shard, min_score, hysteresis, actions, new_keys, promoted, demoted);
+  if (num_medium > 0) set_medium(shard, num_medium, hysteresis);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include "checks.h"
 #include "launch.cuh"
+#include "observe.cuh"
 #include "sketch_tensors.h"
 
 namespace torchrec_cafe {
@@ -136,10 +137,11 @@ void sort_by_bucket(const Tensor& like, cudaStream_t stream, const Tensor& bucke
   STD_CUDA_CHECK(run(storage.data_ptr()));
 }
 
-void observe_cuda(const Tensor& keys, const Tensor& shards, const Tensor& importance,
-                  const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
-                  double growth) {
-  check_observe(keys, shards, importance, buckets, inflation, counters);
+}  // namespace
+
+void observe_checked_cuda(const Tensor& keys, const Tensor& shards, const Tensor& importance,
+                          const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
+                          double growth) {
   const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
   const HotSketch sketch = hot_sketch(buckets);
   const int64_t size = keys.numel();
@@ -181,6 +183,15 @@ void observe_cuda(const Tensor& keys, const Tensor& shards, const Tensor& import
                                static_cast<float*>(sorted_scores.data_ptr()), size};
   insert_kernel<<<grid_size(size), kThreads, 0, stream>>>(sketch, seen, counts);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+namespace {
+
+void observe_cuda(const Tensor& keys, const Tensor& shards, const Tensor& importance,
+                  const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
+                  double growth) {
+  check_observe(keys, shards, importance, buckets, inflation, counters);
+  observe_checked_cuda(keys, shards, importance, buckets, inflation, counters, growth);
 }
 
 }  // namespace

@@ -104,17 +104,16 @@ __device__ int64_t promote_slots(const Shard& shard, float cut, int64_t at_cut, 
   const int64_t num_slots = shard.num_buckets * kSlots;
   for (int64_t first = 0; first < num_slots; first += kThreads) {
     const int64_t slot = first + threadIdx.x;
-    const bool is_cold = slot < num_slots && shard.hot_row(slot) == kCold;
-    const bool above = is_cold && shard.score(slot) > cut;
-    const bool at = is_cold && shard.score(slot) == cut;
+    const bool wants_row = slot < num_slots && shard.wants_row(slot);
+    const bool above = wants_row && shard.score(slot) > cut;
+    const bool at = wants_row && shard.score(slot) == cut;
     int all = 0;
     const bool taken = block_rank(at, scratch, &all) + seen_at_cut < at_cut && at;
     seen_at_cut += all;
     const int64_t place = promoted + block_rank(above || taken, scratch, &all);
     if ((above || taken) && place < num_free) {
       const int32_t row = free_rows[place];
-      shard.promote(slot, row);
-      actions[row] = kCopyRow;
+      actions[row] = shard.promote(slot, row);
       new_keys[row] = shard.key(slot);
     }
     promoted += all;
@@ -122,10 +121,25 @@ __device__ int64_t promote_slots(const Shard& shard, float cut, int64_t at_cut, 
   return promoted;
 }
 
+__device__ void set_medium(const Shard& shard, int64_t num_medium, float hysteresis,
+                           Scratch& scratch) {
+  const Candidates all{Candidates::kMaxRow, 0.0f};
+  const int64_t rank = shard.num_hot_rows + num_medium;
+  float at_least = 0.0f;
+  if (block_count(shard, all, scratch) > rank) {
+    at_least = block_nth_largest(shard, rank, all, scratch);
+  }
+  const float keep = at_least * (1.0f - hysteresis);
+  __syncthreads();
+  for (int64_t slot = threadIdx.x; slot < shard.num_buckets * kSlots; slot += kThreads) {
+    shard.set_medium(slot, at_least, keep);
+  }
+}
+
 // One block per selected shard; the same steps as cpu/kernels.cpp.
 __global__ void rebalance_kernel(RebalanceState state, const int64_t* __restrict__ selected,
-                                 double min_score, float hysteresis, int32_t* free_rows,
-                                 int8_t* actions, int64_t* new_keys) {
+                                 double min_score, float hysteresis, int64_t num_medium,
+                                 int32_t* free_rows, int8_t* actions, int64_t* new_keys) {
   __shared__ Scratch scratch;
   const int64_t i = blockIdx.x;
   const int64_t s = selected[i];
@@ -157,6 +171,7 @@ __global__ void rebalance_kernel(RebalanceState state, const int64_t* __restrict
   if (num_eligible > 0) {
     promoted = promote_slots(shard, cut, at_cut, num_free, free_rows, actions, new_keys, scratch);
   }
+  if (num_medium > 0) set_medium(shard, num_medium, hysteresis, scratch);
   if (threadIdx.x == 0) {
     state.counters[s * kCounters + kPromoted] += promoted;
     state.counters[s * kCounters + kDemoted] += demoted;
@@ -166,7 +181,7 @@ __global__ void rebalance_kernel(RebalanceState state, const int64_t* __restrict
 std::tuple<Tensor, Tensor> rebalance_cuda(const Tensor& selected, const Tensor& buckets,
                                           const Tensor& owners, const Tensor& inflation,
                                           const Tensor& counters, double min_score,
-                                          double hysteresis) {
+                                          double hysteresis, int64_t num_medium) {
   check_rebalance(selected, buckets, owners, inflation, counters);
   const torch::stable::accelerator::DeviceGuard guard(selected.get_device_index());
   const RebalanceState state = rebalance_state(buckets, owners, inflation, counters);
@@ -179,7 +194,7 @@ std::tuple<Tensor, Tensor> rebalance_cuda(const Tensor& selected, const Tensor& 
       torch::stable::new_empty(selected, {num_selected, state.num_hot_rows}, ScalarType::Int);
   rebalance_kernel<<<static_cast<unsigned>(num_selected), kThreads, 0, current_stream(selected)>>>(
       state, selected.const_data_ptr<int64_t>(), min_score, static_cast<float>(hysteresis),
-      static_cast<int32_t*>(free_rows.data_ptr()), actions.mutable_data_ptr<int8_t>(),
+      num_medium, static_cast<int32_t*>(free_rows.data_ptr()), actions.mutable_data_ptr<int8_t>(),
       new_keys.mutable_data_ptr<int64_t>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {actions, new_keys};

@@ -1,8 +1,8 @@
-#include <array>
 #include <tuple>
 
 #include "checks.h"
 #include "launch.cuh"
+#include "scan.cuh"
 #include "sketch_tensors.h"
 
 namespace torchrec_cafe {
@@ -56,15 +56,6 @@ __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __rest
       out.shards[i] = shard;
     }
   }
-}
-
-Tensor cumsum(const Tensor& tensor) {
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(tensor), torch::stable::detail::from(int64_t{0}),
-      torch::stable::detail::from(std::optional<ScalarType>(ScalarType::Long))};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tables,

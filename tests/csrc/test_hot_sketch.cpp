@@ -20,7 +20,7 @@ struct Outcome {
 
   Outcome(const Kernels& kernels, Sketch& sketch, float min_score, float hysteresis)
       : actions(sketch.num_hot_rows), new_keys(sketch.num_hot_rows) {
-    kernels.rebalance(sketch.shard(0), min_score, hysteresis, actions.data(), new_keys.data(),
+    kernels.rebalance(sketch.shard(0), min_score, hysteresis, 0, actions.data(), new_keys.data(),
                       &promoted, &demoted);
   }
 };

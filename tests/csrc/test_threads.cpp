@@ -56,7 +56,7 @@ struct Run {
     for (const Batch& batch : batches) {
       learn(kernels, batch, num_threads);
       on_threads(kShards, [&](int64_t s) {
-        kernels.rebalance(sketch.shard(s), 0.0f, 0.1f, actions.data() + s * kHotRows,
+        kernels.rebalance(sketch.shard(s), 0.0f, 0.1f, 16, actions.data() + s * kHotRows,
                           new_keys.data() + s * kHotRows, &counts[s * 5 + 3], &counts[s * 5 + 4]);
       });
       sketch.check_owners();

@@ -57,16 +57,20 @@ def assert_consistent(state: SketchState) -> None:
         }
 
 
-@given(batches=st.lists(OCCURRENCES, max_size=4), growth=st.sampled_from([1.0, 1.5, 2.0**40]))
-@settings(max_examples=60, deadline=None)
-def test_observe_and_rebalance_match_reference(batches, growth):
+@given(
+    batches=st.lists(OCCURRENCES, max_size=4),
+    growth=st.sampled_from([1.0, 1.5, 2.0**40]),
+    medium=st.integers(0, 4),
+)
+@settings(max_examples=80, deadline=None)
+def test_observe_and_rebalance_match_reference(batches, growth, medium):
     native, plain = empty(), empty()
     for number, occurrences in enumerate(batches):
         ops.observe(native, *batch(occurrences), growth=growth)
         reference.observe(plain, *batch(occurrences), growth=growth)
         assert_equal(native, plain)
         selected = torch.arange(number % 2, SHARDS, 2)
-        options = {"min_score": 0.5 * (number % 3), "hysteresis": 0.25}
+        options = {"min_score": 0.5 * (number % 3), "hysteresis": 0.25, "num_medium": medium}
         got = ops.rebalance(native, selected, **options)
         expected = reference.rebalance(plain, selected, **options)
         assert torch.equal(got[0], expected[0])
@@ -182,7 +186,7 @@ for _ in range(6):
     ops.observe(
         state, remapped.keys, remapped.shards, torch.rand(4000, generator=generator), growth=1.1
     )
-    ops.rebalance(state, torch.arange(16), hysteresis=0.1)
+    ops.rebalance(state, torch.arange(16), hysteresis=0.1, num_medium=6)
     for tensor in (*remapped, *state.tensors().values()):
         digest.update(tensor.numpy().tobytes())
 print(digest.hexdigest())
@@ -300,7 +304,7 @@ def test_opcheck():
         torch.ops.torchrec_cafe.rebalance,
         (
             *(torch.tensor([0, 2]), state.buckets),
-            *(state.owners, state.inflation, state.counters, 0.0, 0.1),
+            *(state.owners, state.inflation, state.counters, 0.0, 0.1, 2),
         ),
     )
 
@@ -345,6 +349,8 @@ def test_rebalance_and_state_refuse():
         ops.rebalance(state, torch.tensor([0]), hysteresis=1)
     with pytest.raises(ValueError, match="`min_score` must be >= 0, got -1"):
         ops.rebalance(state, torch.tensor([0]), min_score=-1)
+    with pytest.raises(ValueError, match="`num_medium` must be >= 0, got -1"):
+        ops.rebalance(state, torch.tensor([0]), num_medium=-1)
     with pytest.raises(ValueError, match=r"rebalance: `selected` must be in \[0, 3\)"):
         ops.rebalance(state, torch.tensor([3]))
     with pytest.raises(ValueError, match="`selected` must ascend"):

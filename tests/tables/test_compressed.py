@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchrec_cafe.config import Cafe
-from torchrec_cafe.ops import COLD, reference
-from torchrec_cafe.tables import CompressedBags, PoolLayout, RowRangeTBE, TableLayout
+from torchrec_cafe.ops import COLD, MEDIUM, PoolRows, reference
+from torchrec_cafe.tables import (
+    CompressedBags,
+    PoolLayout,
+    QuotientRemainderRows,
+    RowRangeTBE,
+    SharedRows,
+    TableLayout,
+)
 
 IDS, SHARED, HOT, SHARDS, DIM = 40, 6, 2, 2, 4
 CPU = torch.device("cpu")
@@ -25,12 +32,16 @@ OPTIMIZERS = [
 def make(
     optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     precision: SparseType = SparseType.FP32,
-    **options: float,
+    second: int = 0,
+    **options: float | str,
 ) -> CompressedBags:
-    """One tracked table of 40 ids in 6 shared rows, one whole table of 5, and 4 hot rows."""
+    """One tracked table of 40 ids in 6 shared rows, one whole table of 5, and 4 hot rows.
+
+    With ``second``, each of the two shards has so many second rows besides.
+    """
     kind = Cafe(compression=2, num_shards=SHARDS, rebalance_interval=1, **options)  # pyright: ignore[reportArgumentType]
     tbe = RowRangeTBE(
-        [SHARED, 5, SHARDS * HOT],
+        [SHARED, 5, SHARDS * (HOT + second)],
         DIM,
         weights_precision=precision,
         device=CPU,
@@ -50,11 +61,11 @@ def make(
         num_shards=SHARDS,
         first_shard=0,
         shards_held=SHARDS,
-        hot_rows_per_shard=HOT,
         buckets_per_shard=4,
-        hot_offset=SHARED + 5,
+        rows=PoolRows(offset=SHARED + 5, hot_rows_per_shard=HOT, second_rows_per_shard=second),
+        num_medium=3 * second,
     )
-    return CompressedBags(tables, pool, tbe, CPU)
+    return CompressedBags(SharedRows(tables, pool, CPU), tbe)
 
 
 def step(bags: CompressedBags, ids: list[int], pull: float = 1.0) -> Tensor:
@@ -70,7 +81,7 @@ def rows_of(bags: CompressedBags, id_: int) -> int:
     pool = bags.pool
     assert pool is not None
     remapped = reference.remap(
-        torch.tensor([id_]), torch.tensor([0, 1, 1]), bags._tables, pool.hot_rows()
+        torch.tensor([id_]), torch.tensor([0, 1, 1]), bags.rows._tables, pool.hot_rows()
     )
     return int(remapped.rows)
 
@@ -191,6 +202,77 @@ def test_half_precision_rows():
     bags.settle()
     assert bags.tbe.physical_tensors()[0].dtype == torch.float16
     assert rows_of(bags, 3) >= SHARED + 5
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_promoted_medium_id_goes_on_from_the_sum_of_its_rows(optimizer):
+    bags = make(optimizer, second=2, threshold=3.0)
+    pool = bags.pool
+    assert pool is not None
+    step(bags, [3])
+    bags.settle()
+    assert (pool.sketch.hot_rows == MEDIUM).any()
+    before = step(bags, [3, 3, 3, 3])[0, :DIM]  # settles, looks up two rows, trains both
+    tensors = bags.tbe.physical_tensors()
+    shard = 3 * SHARED // IDS * SHARDS // SHARED
+    second = SHARED + 5 + shard * (HOT + 2) + HOT + reference.second_row(3, 2)
+    shared = rows_of(bags, 3)
+    assert shared < SHARED
+    trained = [(tensor[shared] + tensor[second]).clone() for tensor in tensors]
+    assert not torch.equal(trained[0], before)
+    bags.settle()
+    hot = rows_of(bags, 3)
+    assert hot >= SHARED + 5
+    assert torch.equal(tensors[0][hot], trained[0])
+    for state, sum_of_two in zip(tensors[1:], trained[1:], strict=True):
+        assert torch.equal(state[hot], sum_of_two / 2)
+
+
+def test_both_rows_of_a_quotient_remainder_table_are_trained():
+    tbe = RowRangeTBE(
+        [7 + 6],
+        DIM,
+        weights_precision=SparseType.FP32,
+        device=CPU,
+        fused_params={"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 1.0},
+    )
+    weights = tbe.physical_tensors()[0]
+    weights.copy_(torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)))
+    table = TableLayout(
+        name="t", num_ids=IDS, shared_rows=7, first_row=0, num_rows=13, num_features=1, index=-1
+    )
+    bags = CompressedBags(QuotientRemainderRows([table], CPU), tbe)
+    plain = weights.clone()
+    pooled = bags(torch.tensor([3, 39, 3]), torch.tensor([0, 2, 3]), torch.tensor([1.0, 2.0, 3.0]))
+    expected = torch.stack([plain[3] + plain[7] + 2 * (plain[4] + plain[12]), plain[3] + plain[7]])
+    expected[1] *= 3
+    torch.testing.assert_close(pooled, expected)
+    pooled.sum().backward()
+    plain.index_add_(0, torch.tensor([3, 7]), torch.full((2, DIM), -4.0))
+    plain.index_add_(0, torch.tensor([4, 12]), torch.full((2, DIM), -2.0))
+    torch.testing.assert_close(weights, plain)
+
+
+def test_frequency_counts_weights_not_gradients():
+    bags = make(importance="frequency")
+    assert bags.pool is not None
+    step(bags, [3, 3, 17], pull=100.0)
+    sketch = bags.pool.sketch
+    held = dict(zip(sketch.keys.flatten().tolist(), sketch.scores.flatten().tolist(), strict=True))
+    assert (held[3], held[17]) == (2.0, 1.0)
+
+
+def test_hot_share_is_that_of_a_recent_batch():
+    bags = make()
+    assert bags.pool is not None
+    for _ in range(17):
+        step(bags, [3, 3, 3, 17])
+    assert bags.pool.statistics()["hot_share"] == 1.0
+    fresh = make(threshold=1e9)
+    assert fresh.pool is not None
+    for _ in range(17):
+        step(fresh, [3, 3, 3, 17])
+    assert fresh.pool.statistics()["hot_share"] == 0.0
 
 
 def test_ranges_of_the_tbe_are_views_of_one_table():

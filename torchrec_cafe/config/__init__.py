@@ -1,6 +1,8 @@
 """What a table is, and what it costs. Standard library only."""
 
-from torchrec_cafe.config.kinds import Cafe, Hash, TableKind
+from torchrec_cafe.config.budget import TableKind
+from torchrec_cafe.config.cafe import Cafe
+from torchrec_cafe.config.hashing import Hash, QuotientRemainder, remainder_rows
 from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape, item_bytes
 
 __all__ = [
@@ -8,7 +10,9 @@ __all__ = [
     "Cafe",
     "Hash",
     "MemoryBreakdown",
+    "QuotientRemainder",
     "TableKind",
     "TableShape",
     "item_bytes",
+    "remainder_rows",
 ]

@@ -104,17 +104,19 @@ class Allocation:
         shared_rows: per table, the rows its ids share; equal to ``num_embeddings`` if kept whole.
         num_shards: virtual shards of the pool of hot rows; 0 without a pool.
         hot_rows_per_shard: hot rows of a virtual shard.
+        second_rows_per_shard: rows of a virtual shard that medium ids add to their shared row.
         buckets_per_shard: buckets of HotSketch of a virtual shard.
         tracked: tables whose ids may own a hot row, in the order of their numbers in the pool.
         memory: what the group costs.
     """
 
     shared_rows: Mapping[str, int]
-    num_shards: int
-    hot_rows_per_shard: int
-    buckets_per_shard: int
-    tracked: tuple[str, ...]
     memory: MemoryBreakdown
+    num_shards: int = 0
+    hot_rows_per_shard: int = 0
+    second_rows_per_shard: int = 0
+    buckets_per_shard: int = 0
+    tracked: tuple[str, ...] = ()
 
 
 def item_bytes(dtype: object) -> int:

@@ -39,7 +39,7 @@ def _pool_config(group: CompressedGroup, like: EmbeddingBagConfig) -> EmbeddingB
     """The pool of hot rows as a table without features."""
     return EmbeddingBagConfig(
         name=group.name,
-        num_embeddings=group.hot_rows,
+        num_embeddings=group.pool_rows,
         embedding_dim=like.embedding_dim,
         data_type=like.data_type,
         pooling=like.pooling,
@@ -57,7 +57,7 @@ def _pool_sharding(
     spec = cast(EnumerableShardingSpec, like.sharding_spec)
     placements = [shard.placement for shard in spec.shards]
     shards = group.shard_bounds(len(placements))
-    rows = [shard * group.hot_rows_per_shard for shard in shards]
+    rows = [shard * group.pool_rows_per_shard for shard in shards]
     return _as_fused(
         like,
         EnumerableShardingSpec(

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_configs import data_type_to_sparse_type
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_cafe.config import Cafe
+from torchrec_cafe.config import Cafe, QuotientRemainder, remainder_rows
 from torchrec_cafe.distributed._torchrec import (
     BaseBatchedEmbeddingBag,
     EmbeddingFusedOptimizer,
@@ -26,7 +26,19 @@ from torchrec_cafe.distributed._torchrec import (
     mark_trained_in_backward,
 )
 from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
-from torchrec_cafe.tables import CompressedBags, PoolLayout, RowRangeTBE, TableLayout
+from torchrec_cafe.ops import PoolRows
+from torchrec_cafe.tables import (
+    CompressedBags,
+    PoolLayout,
+    QuotientRemainderRows,
+    RowLookup,
+    RowRangeTBE,
+    SharedRows,
+    TableLayout,
+)
+
+# Ids that may look up the same second row before it is of no use to any (CAFE+, section 3.6).
+MEDIUM_IDS_PER_ROW = 100
 
 # What the TBE of a compressed group decides itself.
 _OWN_PARAMS = frozenset({GROUP_PARAM, "bounds_check_mode", "cache_precision"})
@@ -70,10 +82,13 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
             device=device,
             fused_params={k: v for k, v in fused_params.items() if k not in _OWN_PARAMS},
         )
-        self.bags = CompressedBags(
-            self._table_layouts(), self._pool_layout(), self._emb_module, device
-        )
+        self.bags = CompressedBags(self._rows(device), self._emb_module)
         self._optim = EmbeddingFusedOptimizer(config, self._emb_module, pg)
+
+    def _rows(self, device: torch.device) -> RowLookup:
+        if isinstance(self.group.kind, QuotientRemainder):
+            return QuotientRemainderRows(self._table_layouts(), device)
+        return SharedRows(self._table_layouts(), self._pool_layout(), device)
 
     def _table_layouts(self) -> list[TableLayout]:
         layouts = []
@@ -81,11 +96,14 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
             if table.num_features() == 0:
                 continue  # the pool
             compressed = self.group.table(table.name)
+            shared_rows = compressed.shared_rows
+            if isinstance(self.group.kind, QuotientRemainder):
+                shared_rows = remainder_rows(compressed.num_ids, shared_rows)
             layouts.append(
                 TableLayout(
                     name=table.name,
                     num_ids=compressed.num_ids,
-                    shared_rows=compressed.shared_rows,
+                    shared_rows=shared_rows,
                     first_row=_first_row(table),
                     num_rows=table.local_rows,
                     num_features=table.num_features(),
@@ -99,15 +117,19 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
             return None
         assert isinstance(self.group.kind, Cafe)
         pool = self._config.embedding_tables[-1]
-        per_shard = self.group.hot_rows_per_shard
+        per_shard = self.group.pool_rows_per_shard
         return PoolLayout(
             kind=self.group.kind,
             num_shards=self.group.num_shards,
             first_shard=_first_row(pool) // per_shard,
             shards_held=pool.local_rows // per_shard,
-            hot_rows_per_shard=per_shard,
             buckets_per_shard=self.group.buckets_per_shard,
-            hot_offset=sum(self._local_rows[:-1]),
+            rows=PoolRows(
+                offset=sum(self._local_rows[:-1]),
+                hot_rows_per_shard=self.group.hot_rows_per_shard,
+                second_rows_per_shard=self.group.second_rows_per_shard,
+            ),
+            num_medium=MEDIUM_IDS_PER_ROW * self.group.second_rows_per_shard,
         )
 
     @property

@@ -20,7 +20,7 @@ from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
 def _shard_metadata(kernel: CompressedEmbeddingBag, tensor: Tensor) -> list[ShardMetadata]:
     """Where each rank's part of a state tensor lies: as its hot rows, in whole shards."""
     rest = list(tensor.shape[1:])
-    per_shard = kernel.group.hot_rows_per_shard
+    per_shard = kernel.group.pool_rows_per_shard
     hot_rows = kernel.config.embedding_tables[-1].global_metadata
     assert hot_rows is not None
     return [

@@ -8,7 +8,7 @@ from typing import Any
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding
 
-from torchrec_cafe.config import Allocation, TableKind
+from torchrec_cafe.config import Allocation, QuotientRemainder, TableKind
 from torchrec_cafe.ops import first_mixed_id
 
 #: Key of ``fused_params`` under which a group travels through TorchRec to the kernel.
@@ -22,7 +22,8 @@ class CompressedTable:
     Attributes:
         name: name of the table.
         num_ids: rows of the uncompressed table.
-        shared_rows: rows that its ids share; ``num_ids`` if it is kept whole.
+        shared_rows: rows that its ids share, or look up by quotient and remainder; ``num_ids`` if
+            it is kept whole.
         index: number in the pool, or -1: its ids never own a hot row.
     """
 
@@ -61,6 +62,7 @@ class CompressedGroup:
         tables: the tables.
         num_shards: virtual shards of the pool; 0 without a pool.
         hot_rows_per_shard: hot rows of a virtual shard.
+        second_rows_per_shard: rows of a virtual shard that medium ids add to their shared row.
         buckets_per_shard: sketch buckets of a virtual shard.
     """
 
@@ -69,6 +71,7 @@ class CompressedGroup:
     tables: tuple[CompressedTable, ...]
     num_shards: int
     hot_rows_per_shard: int
+    second_rows_per_shard: int
     buckets_per_shard: int
 
     @classmethod
@@ -99,6 +102,7 @@ class CompressedGroup:
             tables=tables,
             num_shards=allocation.num_shards,
             hot_rows_per_shard=allocation.hot_rows_per_shard,
+            second_rows_per_shard=allocation.second_rows_per_shard,
             buckets_per_shard=allocation.buckets_per_shard,
         )
 
@@ -108,9 +112,14 @@ class CompressedGroup:
         return self.num_shards > 0
 
     @property
-    def hot_rows(self) -> int:
-        """Hot rows over all ranks."""
-        return self.num_shards * self.hot_rows_per_shard
+    def pool_rows_per_shard(self) -> int:
+        """Hot and second rows of a virtual shard."""
+        return self.hot_rows_per_shard + self.second_rows_per_shard
+
+    @property
+    def pool_rows(self) -> int:
+        """Hot and second rows over all ranks."""
+        return self.num_shards * self.pool_rows_per_shard
 
     def table(self, name: str) -> CompressedTable:
         """The table of that name."""
@@ -136,10 +145,24 @@ class CompressedGroup:
         A rank owns the rows of its virtual shards, so that an id's shared row, its place in the
         sketch and its hot row are always on one rank.
         """
+        if isinstance(self.kind, QuotientRemainder):
+            # Ids that share a remainder row have all kinds of quotients: a table stays together.
+            owner = self._owner(table, world_size)
+            return [table.shared_rows if rank > owner else 0 for rank in range(world_size + 1)]
         if not self.has_pool:
             return even_bounds(table.shared_rows, world_size)
         shards = self.shard_bounds(world_size)
         return [-(-shard * table.shared_rows // self.num_shards) for shard in shards]
+
+    def _owner(self, table: CompressedTable, world_size: int) -> int:
+        """The rank of a table that stays together: large ones first, to the least loaded."""
+        load = [0] * world_size
+        for other in sorted(self.tables, key=lambda t: (-t.shared_rows, t.name)):
+            owner = load.index(min(load))
+            if other == table:
+                return owner
+            load[owner] += other.shared_rows
+        raise ValueError(f"group {self.name!r} has no table {table.name!r}")
 
     def id_bounds(self, table: CompressedTable, world_size: int) -> list[int]:
         """First mixed id of each rank, and the number of ids: ``world_size + 1`` numbers."""

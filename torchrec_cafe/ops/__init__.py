@@ -5,18 +5,29 @@ Each function checks its arguments, then calls the operator of the same name in
 """
 
 from torchrec_cafe.ops.hot_sketch import (
+    ACTION_ADD,
     ACTION_CLEAR,
     ACTION_COPY,
     ACTION_KEEP,
     COLD,
     COUNTERS,
     FREE,
+    MEDIUM,
     NO_OWNER,
     SLOTS,
     WEAR,
     SketchState,
     observe,
     rebalance,
+)
+from torchrec_cafe.ops.learning import learn
+from torchrec_cafe.ops.pool_rows import (
+    Lookups,
+    Moves,
+    PoolRows,
+    add_second_rows,
+    move_rows,
+    quotient_remainder,
 )
 from torchrec_cafe.ops.row_map import (
     TABLE_COLUMNS,
@@ -25,27 +36,34 @@ from torchrec_cafe.ops.row_map import (
     first_mixed_id,
     mix_ids,
     remap,
-    shared_rows_of,
 )
 
 __all__ = [
+    "ACTION_ADD",
     "ACTION_CLEAR",
     "ACTION_COPY",
     "ACTION_KEEP",
     "COLD",
     "COUNTERS",
     "FREE",
+    "MEDIUM",
     "NO_OWNER",
     "SLOTS",
     "TABLE_COLUMNS",
     "WEAR",
     "HotRows",
+    "Lookups",
+    "Moves",
+    "PoolRows",
     "Remapped",
     "SketchState",
+    "add_second_rows",
     "first_mixed_id",
+    "learn",
     "mix_ids",
+    "move_rows",
     "observe",
+    "quotient_remainder",
     "rebalance",
     "remap",
-    "shared_rows_of",
 ]

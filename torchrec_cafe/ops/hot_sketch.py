@@ -18,12 +18,15 @@ SLOTS = 4
 FREE = -2
 #: ``hot_rows`` of a slot whose key owns no hot row.
 COLD = -1
+#: ``hot_rows`` of a slot whose key owns no hot row either, but looks up two shared ones.
+MEDIUM = -3
 #: ``owners`` of a hot row that no slot owns.
 NO_OWNER = -1
 #: What a newcomer to a full bucket takes off the smallest cold score, as a part of its own score.
 WEAR = 0.25
-#: What :func:`rebalance` says to do to a hot row: nothing, copy its new owner's shared row, clear.
-ACTION_KEEP, ACTION_COPY, ACTION_CLEAR = 0, 1, 2
+#: What :func:`rebalance` says to do to a hot row: nothing, copy its new owner's shared row, clear,
+#: add up its new owner's two rows.
+ACTION_KEEP, ACTION_COPY, ACTION_CLEAR, ACTION_ADD = 0, 1, 2, 3
 #: Columns of ``counters``.
 COUNTERS = ("non_finite", "skipped", "replaced", "promoted", "demoted", "steps")
 
@@ -108,7 +111,7 @@ class SketchState:
     def hot_rows(self) -> Tensor:
         """int32 ``[S, W, 4]``, a view.
 
-        :data:`FREE`, :data:`COLD`, or the hot row of the shard that the key owns.
+        :data:`FREE`, :data:`COLD`, :data:`MEDIUM`, or the hot row of the shard that the key owns.
         """
         return self.buckets.view(torch.int32)[..., 3 * SLOTS :]
 
@@ -170,24 +173,32 @@ def observe(
 
 
 def rebalance(
-    state: SketchState, selected: Tensor, *, min_score: float = 0.0, hysteresis: float = 0.0
+    state: SketchState,
+    selected: Tensor,
+    *,
+    min_score: float = 0.0,
+    hysteresis: float = 0.0,
+    num_medium: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Give the hot rows of some shards to their highest scores.
 
     The threshold of a shard is its H-th highest score (or ``min_score``, if that is higher). Hot
     keys below ``(1 - hysteresis) * threshold`` lose their row; free rows go to the highest scores
-    at or above the threshold.
+    at or above the threshold. Then keys without a row become medium at or above the score of rank
+    ``H + num_medium`` (0 if the shard holds no more keys than that), and stop being it below
+    ``(1 - hysteresis)`` of that score.
 
     Args:
         state: the sketch; its ``hot_rows``, ``owners`` and ``counters`` are mutated.
         selected: int64 ``[n]``, ascending shards in [0, S).
         min_score: >= 0, in average occurrences; no key below it earns a row.
         hysteresis: in [0, 1).
+        num_medium: >= 0, about how many keys of a shard are to be medium; 0 leaves all as they are.
 
     Returns:
         ``actions`` int8 ``[n, H]``: what to do to each hot row of the selected shards
-        (:data:`ACTION_KEEP`, :data:`ACTION_COPY`, :data:`ACTION_CLEAR`); and ``new_keys`` int64
-        ``[n, H]``: the key that a row to copy now belongs to.
+        (:data:`ACTION_KEEP`, :data:`ACTION_COPY`, :data:`ACTION_CLEAR`, :data:`ACTION_ADD`); and
+        ``new_keys`` int64 ``[n, H]``: the key that a row to copy or add up now belongs to.
 
     Raises:
         TypeError: if a dtype is not the one above.
@@ -198,12 +209,15 @@ def rebalance(
     Note:
         Deterministic: ties go to the lower slot. Not differentiable.
 
-    Reference: CAFE (SIGMOD 2024), section 3.3; automatic threshold: CAFE+ (TOIS 2025), section 3.
+    Reference: CAFE (SIGMOD 2024), section 3.3; automatic threshold: CAFE+ (TOIS 2025), section 3;
+    medium keys: CAFE, section 3.4, with the threshold of CAFE+.
     """
     if not min_score >= 0:
         raise ValueError(f"rebalance: `min_score` must be >= 0, got {min_score}")
     if not 0 <= hysteresis < 1:
         raise ValueError(f"rebalance: `hysteresis` must be in [0, 1), got {hysteresis}")
+    if num_medium < 0:
+        raise ValueError(f"rebalance: `num_medium` must be >= 0, got {num_medium}")
     try:
         return torch.ops.torchrec_cafe.rebalance.default(
             selected,
@@ -213,6 +227,7 @@ def rebalance(
             state.counters,
             min_score,
             hysteresis,
+            num_medium,
         )
     except RuntimeError as error:
         check_tensor("rebalance", "selected", selected, torch.int64, (None,))
@@ -249,6 +264,7 @@ def _(  # noqa: PLR0913  the schema has as many arguments
     counters: Tensor,
     min_score: float,
     hysteresis: float,
+    num_medium: int,
 ) -> tuple[Tensor, Tensor]:
     check_same_device("rebalance", selected=selected, state=buckets)
     shape = (selected.shape[0], owners.shape[1])

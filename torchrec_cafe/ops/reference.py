@@ -11,21 +11,26 @@ import torch
 from torch import Tensor
 
 from torchrec_cafe.ops.hot_sketch import (
+    ACTION_ADD,
     ACTION_CLEAR,
     ACTION_COPY,
+    ACTION_KEEP,
     COLD,
     COUNTERS,
     FREE,
+    MEDIUM,
     NO_OWNER,
     SLOTS,
     WEAR,
     SketchState,
 )
+from torchrec_cafe.ops.pool_rows import Lookups, Moves, PoolRows
 from torchrec_cafe.ops.row_map import HotRows, Remapped
 
 _WORD = 2**64
 INFLATION_LIMIT = 2.0**60
 MAX_SCORE = 2.0**90
+NORM_BLOCK = 256
 
 
 def hash64(x: int) -> int:
@@ -134,7 +139,7 @@ def insert(state: SketchState, shard: int, key: int, score: float) -> str:
     if free.numel():
         keys[free[0]], scores[free[0]], hot_rows[free[0]] = key, added, COLD
         return "inserted"
-    cold = (hot_rows == COLD).nonzero().flatten()
+    cold = ((hot_rows == COLD) | (hot_rows == MEDIUM)).nonzero().flatten()
     if not cold.numel():
         return "skipped"
     weakest = min(cold.tolist(), key=lambda slot: (float(scores[slot]), slot))
@@ -142,7 +147,7 @@ def insert(state: SketchState, shard: int, key: int, score: float) -> str:
     if left >= 0:
         scores[weakest] = left
         return "worn"
-    keys[weakest], scores[weakest] = key, added
+    keys[weakest], scores[weakest], hot_rows[weakest] = key, added, COLD
     return "replaced"
 
 
@@ -168,7 +173,12 @@ def observe(
 
 
 def rebalance(
-    state: SketchState, selected: Tensor, *, min_score: float = 0.0, hysteresis: float = 0.0
+    state: SketchState,
+    selected: Tensor,
+    *,
+    min_score: float = 0.0,
+    hysteresis: float = 0.0,
+    num_medium: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`torchrec_cafe.ops.rebalance`."""
     num_hot_rows = state.owners.shape[1]
@@ -188,11 +198,139 @@ def rebalance(
                 hot_rows[slot], owners[row], actions[i, row] = COLD, NO_OWNER, ACTION_CLEAR
                 state.counters[shard, COUNTERS.index("demoted")] += 1
         free = (owners == NO_OWNER).nonzero().flatten().tolist()
-        eligible = ((hot_rows == COLD) & (scores >= threshold)).nonzero().flatten().tolist()
+        rowless = (hot_rows == COLD) | (hot_rows == MEDIUM)
+        eligible = (rowless & (scores >= threshold)).nonzero().flatten().tolist()
         best = sorted(eligible, key=lambda slot: (-float(scores[slot]), slot))[: len(free)]
         for row, slot in zip(free, sorted(best), strict=False):
-            hot_rows[slot], owners[row] = row, slot
-            actions[i, row], new_keys[i, row] = ACTION_COPY, keys[slot]
+            actions[i, row] = ACTION_ADD if hot_rows[slot] == MEDIUM else ACTION_COPY
+            hot_rows[slot], owners[row], new_keys[i, row] = row, slot, keys[slot]
             state.counters[shard, COUNTERS.index("promoted")] += 1
+        if num_medium > 0:
+            rank, held = num_hot_rows + num_medium, scores[hot_rows != FREE]
+            least = torch.zeros(())
+            if held.numel() > rank:
+                least = held.sort(descending=True).values[rank - 1]
+            keep = least * (1 - torch.tensor(hysteresis, dtype=torch.float32))
+            stays = (hot_rows == MEDIUM) & (scores >= keep)
+            becomes = (hot_rows == COLD) & (scores >= least)
+            rowless = (hot_rows == COLD) | (hot_rows == MEDIUM)
+            hot_rows[rowless & (stays | becomes)] = MEDIUM
+            hot_rows[rowless & ~(stays | becomes)] = COLD
         state.hot_rows[shard] = hot_rows.view(-1, SLOTS)
     return actions, new_keys
+
+
+def l2_norms(grad: Tensor) -> Tensor:
+    """Norms of the rows: squares in double precision, added in a fixed order."""
+    sums = torch.zeros((len(grad), 4), dtype=torch.float64)
+    for lanes in grad.double().split(4, dim=1):
+        sums += lanes * lanes
+    return ((sums[:, 0] + sums[:, 1]) + (sums[:, 2] + sums[:, 3])).sqrt().float()
+
+
+def learn(  # noqa: PLR0913  as many as torchrec_cafe.ops.learn
+    state: SketchState,
+    norms: Tensor,
+    grad: Tensor,
+    batch: Remapped,
+    *,
+    features: Tensor,
+    weights: Tensor | None = None,
+    decay: float = 1.0,
+    growth: float = 1.0,
+) -> None:
+    """See :func:`torchrec_cafe.ops.learn`."""
+    if norms.shape[0] == 0:
+        return
+    bag_norms = l2_norms(grad).view(-1, features.numel())
+    seen = torch.zeros(norms.shape[1:], dtype=torch.float64)
+    for feature, table in enumerate(features.tolist()):
+        if table < 0:
+            continue
+        total = torch.zeros(2, dtype=torch.float64)
+        for block in bag_norms[:, feature].split(NORM_BLOCK):
+            part = torch.zeros(2, dtype=torch.float64)
+            for norm in block[block.isfinite()].double():
+                part += torch.stack([norm, torch.ones((), dtype=torch.float64)])
+            total += part
+        seen[table] += total
+    running = norms[0] * decay + seen
+    norms.copy_(running.expand_as(norms))
+    scales = torch.where(running[:, 0] > 0, running[:, 1] / running[:, 0], 0.0).float()
+    scale = torch.where(features >= 0, scales[features.clamp(min=0)], 0.0)
+    importance = (bag_norms * scale).flatten()[batch.bags.long()]
+    if weights is not None:
+        importance = importance * weights.abs()
+    observe(state, batch.keys, batch.shards, importance, growth=growth)
+
+
+def second_row(key: int, num_rows: int) -> int:
+    """Which second row of its shard a medium key looks up."""
+    return (hash64(key) & 0xFFFFFFFF) * num_rows >> 32
+
+
+def move_rows(
+    rows: Tensor, moves: Moves, tables: Tensor, pool: PoolRows, *, second_factor: float
+) -> None:
+    """See :func:`torchrec_cafe.ops.move_rows`."""
+    for i, shard in enumerate(moves.selected.tolist()):
+        first = pool.offset + shard * pool.rows_per_shard
+        for row, action in enumerate(moves.actions[i].tolist()):
+            if action == ACTION_CLEAR:
+                rows[first + row] = 0
+            if action in (ACTION_KEEP, ACTION_CLEAR):
+                continue
+            key = int(moves.new_keys[i, row])
+            num_ids, shared_rows, _, row_offset, *_ = tables[key >> 48].tolist()
+            shared = rows[row_offset + (key & (1 << 48) - 1) * shared_rows // num_ids]
+            if action == ACTION_COPY:
+                rows[first + row] = shared
+            else:
+                at = first + pool.hot_rows_per_shard + second_row(key, pool.second_rows_per_shard)
+                rows[first + row] = (second_factor * (shared.float() + rows[at].float())).to(
+                    rows.dtype
+                )
+
+
+def add_second_rows(batch: Remapped, buckets: Tensor, pool: PoolRows) -> Lookups:
+    """See :func:`torchrec_cafe.ops.add_second_rows`."""
+    rows, offsets, source = [], [0], []
+    for bag in range(batch.offsets.numel() - 1):
+        for i in range(int(batch.offsets[bag]), int(batch.offsets[bag + 1])):
+            key, shard = int(batch.keys[i]), int(batch.shards[i])
+            found = [int(batch.rows[i])]
+            place = find(buckets, shard, key) if shard >= 0 else None
+            if place is not None and (
+                int(buckets.view(torch.int32)[shard, place[0], 12 + place[1]]) == MEDIUM
+            ):
+                first = pool.offset + shard * pool.rows_per_shard + pool.hot_rows_per_shard
+                found.append(first + second_row(key, pool.second_rows_per_shard))
+            rows += found
+            source += [int(batch.source[i])] * len(found)
+        offsets.append(len(rows))
+    return Lookups(
+        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor(offsets, dtype=torch.int64),
+        torch.tensor(source, dtype=torch.int32),
+    )
+
+
+def quotient_remainder(ids: Tensor, offsets: Tensor, tables: Tensor) -> Lookups:
+    """See :func:`torchrec_cafe.ops.quotient_remainder`."""
+    features = tables.shape[0]
+    batch_size = (offsets.numel() - 1) // features
+    rows, out_offsets, source = [], [0], []
+    for sample in range(batch_size):
+        for feature in range(features):
+            _, divisor, first_id, row_offset, *_ = tables[feature].tolist()
+            bag = feature * batch_size + sample
+            for i in range(int(offsets[bag]), int(offsets[bag + 1])):
+                quotient, remainder = divmod(first_id + int(ids[i]), divisor)
+                rows += [row_offset + remainder, row_offset + divisor + quotient]
+                source += [i, i]
+            out_offsets.append(len(rows))
+    return Lookups(
+        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor(out_offsets, dtype=torch.int64),
+        torch.tensor(source, dtype=torch.int32),
+    )

@@ -182,26 +182,6 @@ def _explain_remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -
         )
 
 
-def shared_rows_of(keys: Tensor, tables: Tensor) -> Tensor:
-    """The physical shared row of each key.
-
-    Args:
-        keys: int64 ``[N]``, keys of a pool.
-        tables: int64 ``[T, 5]``, one row per table of the pool, in the order of ``index``.
-
-    Returns:
-        int64 ``[N]``.
-    """
-    table = tables[keys >> 48]
-    mixed_ids = keys & ((1 << 48) - 1)
-    num_ids, shared_rows, row_offset = table[:, 0], table[:, 1], table[:, 3]
-    # The product may not fit 64 bits. The estimate is at most one off, and the remainder, small
-    # as it is, is right whatever overflows on the way to it.
-    row = (mixed_ids.double() * shared_rows / num_ids).long()
-    rest = mixed_ids * shared_rows - row * num_ids
-    return row_offset + row + (rest >= num_ids).long() - (rest < 0).long()
-
-
 def first_mixed_id(shared_row: int, num_ids: int, shared_rows: int) -> int:
     """The smallest mixed id whose shared row is at least ``shared_row``."""
     return -(-shared_row * num_ids // shared_rows)

@@ -1,7 +1,17 @@
 """Compressed tables without distribution: ids in, rows of a stock FBGEMM TBE out."""
 
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
-from torchrec_cafe.tables.compressed import CompressedBags, TableLayout
+from torchrec_cafe.tables.compressed import CompressedBags
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
+from torchrec_cafe.tables.rows import QuotientRemainderRows, RowLookup, SharedRows, TableLayout
 
-__all__ = ["CompressedBags", "HotRowPool", "PoolLayout", "RowRangeTBE", "TableLayout"]
+__all__ = [
+    "CompressedBags",
+    "HotRowPool",
+    "PoolLayout",
+    "QuotientRemainderRows",
+    "RowLookup",
+    "RowRangeTBE",
+    "SharedRows",
+    "TableLayout",
+]

@@ -10,21 +10,26 @@ from torch import Tensor, nn
 
 from torchrec_cafe.config import Cafe
 from torchrec_cafe.ops import (
-    ACTION_CLEAR,
-    ACTION_COPY,
     COLD,
     COUNTERS,
     FREE,
+    MEDIUM,
     HotRows,
+    Moves,
+    PoolRows,
+    Remapped,
     SketchState,
+    learn,
+    move_rows,
     observe,
     rebalance,
-    shared_rows_of,
 )
 
 # Weight that the running mean of a table's importance keeps from step to step: it follows the
 # training within some hundred steps and averages over enough occurrences even in a rare table.
 NORM_DECAY = 0.99
+# Steps between two looks at the share of lookups that are hot.
+HOT_SHARE_INTERVAL = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +41,18 @@ class PoolLayout:
         num_shards: virtual shards over all ranks.
         first_shard: first virtual shard of this rank.
         shards_held: virtual shards of this rank, >= 0.
-        hot_rows_per_shard: hot rows of a virtual shard.
         buckets_per_shard: buckets of a virtual shard.
-        hot_offset: physical row of this rank's first hot row.
+        rows: where this rank's hot and second rows lie.
+        num_medium: about how many ids of a virtual shard have a second row.
     """
 
     kind: Cafe
     num_shards: int
     first_shard: int
     shards_held: int
-    hot_rows_per_shard: int
     buckets_per_shard: int
-    hot_offset: int
+    rows: PoolRows
+    num_medium: int = 0
 
 
 class HotRowPool(nn.Module):
@@ -67,7 +72,8 @@ class HotRowPool(nn.Module):
 
     tables: Tensor
     _norms: Tensor
-    _table_of_feature: Tensor
+    _features: Tensor
+    _hot_share: Tensor
 
     def __init__(self, layout: PoolLayout, tables: Tensor, features: Sequence[int]) -> None:
         """Allocate an empty sketch on the device of ``tables``; see the class."""
@@ -77,7 +83,7 @@ class HotRowPool(nn.Module):
         self._sketch = SketchState.empty(
             shards=layout.shards_held,
             buckets=layout.buckets_per_shard,
-            hot_rows=layout.hot_rows_per_shard,
+            hot_rows=layout.rows.hot_rows_per_shard,
             device=tables.device,
         )
         for name, tensor in self._sketch.tensors().items():
@@ -86,12 +92,14 @@ class HotRowPool(nn.Module):
         # gradients, so all agree; each shard has a copy, so that it can move.
         norms = torch.zeros((layout.shards_held, len(tables), 2), dtype=torch.float64)
         self.register_buffer("_norms", norms.to(tables.device), persistent=False)
-        one_hot = [[float(index == table) for index in features] for table in range(len(tables))]
         self.register_buffer(
-            "_table_of_feature",
-            torch.tensor(one_hot, dtype=torch.float64, device=tables.device),
+            "_features",
+            torch.tensor(features, dtype=torch.int64, device=tables.device),
             persistent=False,
         )
+        # Hot lookups and lookups of the last batch looked at.
+        hot_share = torch.zeros(2, dtype=torch.int64, device=tables.device)
+        self.register_buffer("_hot_share", hot_share, persistent=False)
         self._step = 0  # host copy of the sketch's steps: reading the tensor would synchronise
         self._unsettled = False
         self._hot_rows: HotRows | None = None
@@ -122,8 +130,8 @@ class HotRowPool(nn.Module):
                 buckets=buckets,
                 first_shard=self.layout.first_shard,
                 num_shards=self.layout.num_shards,
-                rows_per_shard=self.layout.hot_rows_per_shard,
-                offset=self.layout.hot_offset,
+                rows_per_shard=self.layout.rows.rows_per_shard,
+                offset=self.layout.rows.offset,
             )
         return self._hot_rows
 
@@ -133,32 +141,33 @@ class HotRowPool(nn.Module):
         self._step = int(steps[0]) if steps.numel() else 0
         self._unsettled = False
 
-    def normalise(self, norms: Tensor) -> Tensor:
-        """Divide gradient norms by their table's running mean, so that tables compare.
+    def learn(self, grad: Tensor, batch: Remapped, weights: Tensor | None) -> None:
+        """Feed the sketch.
 
         Args:
-            norms: float32 ``[B, F]``, of each bag of the whole batch.
-
-        Returns:
-            float32 ``[B, F]``; 0 for features whose table is not tracked. What is not finite stays
-            so and is left out of the mean.
+            grad: ``[B * F, D]``, gradient of the pooled bags of the whole batch.
+            batch: what was looked up.
+            weights: float32 ``[N]``, per-sample weight of each occurrence; ``None``: all one.
         """
-        if self._norms.shape[0] == 0:
-            return norms
-        clean = norms.nan_to_num(0.0, 0.0, 0.0)
-        counts = (clean == norms).sum(0)  # a third of the time that isfinite takes on a CPU
-        sums = clean.sum(0, dtype=torch.float64)
-        # A product with a one-hot matrix, for index_add has no fixed order on CUDA.
-        seen = self._table_of_feature @ torch.stack([sums, counts.double()], 1)
-        running = self._norms[0] * NORM_DECAY + seen
-        self._norms.copy_(running.expand_as(self._norms))
-        total, count = running.unbind(1)
-        scale = torch.where(total > 0, count / total, 0)
-        return norms * (scale @ self._table_of_feature).float()
-
-    def learn(self, keys: Tensor, shards: Tensor, importance: Tensor) -> None:
-        """Feed the sketch; see :func:`torchrec_cafe.ops.observe` for the arguments."""
-        observe(self.sketch, keys, shards, importance, growth=self.layout.kind.growth)
+        kind = self.layout.kind
+        if kind.importance == "frequency":
+            ones = torch.ones_like(batch.keys, dtype=torch.float32)
+            counted = ones if weights is None else weights.abs()
+            observe(self.sketch, batch.keys, batch.shards, counted, growth=kind.growth)
+        else:
+            learn(
+                self.sketch,
+                self._norms,
+                grad.float().contiguous(),
+                batch,
+                features=self._features,
+                weights=weights,
+                decay=NORM_DECAY,
+                growth=kind.growth,
+            )
+        if self._step % HOT_SHARE_INTERVAL == 0:
+            hot = torch.count_nonzero(batch.rows >= self.layout.rows.offset)
+            self._hot_share.copy_(torch.stack([hot, torch.count_nonzero(batch.shards >= 0)]))
         self._step += 1
         self._unsettled = True
 
@@ -184,27 +193,24 @@ class HotRowPool(nn.Module):
             selected,
             min_score=layout.kind.threshold or 0.0,
             hysteresis=layout.kind.hysteresis,
+            num_medium=layout.num_medium,
         )
-        first_rows = layout.hot_offset + selected * layout.hot_rows_per_shard
-        hot_rows = first_rows[:, None] + torch.arange(actions.shape[1], device=actions.device)
-        copied = actions == ACTION_COPY
-        to, keys = hot_rows[copied], new_keys[copied]
-        cleared = hot_rows[actions == ACTION_CLEAR]
-        if to.numel() == 0 and cleared.numel() == 0:
-            return
-        source = shared_rows_of(keys, self.tables)
+        moves = Moves(selected, actions, new_keys)
         with torch.no_grad():
-            for tensor in rows:
-                tensor.index_copy_(0, to, tensor.index_select(0, source))
-                tensor.index_fill_(0, cleared, 0)
+            for number, tensor in enumerate(rows):
+                # Two rows were looked up as a sum; of their optimizer states the mean is taken.
+                factor = 1.0 if number == 0 else 0.5
+                move_rows(tensor, moves, self.tables, layout.rows, second_factor=factor)
 
     def statistics(self) -> dict[str, float]:
         """What the sketch has done so far, for logs and TensorBoard.
 
         Returns:
             Per counter of :data:`torchrec_cafe.ops.COUNTERS`, steps apart, its total on this rank;
-            the share of slots and of hot rows in use (``occupancy``, ``hot_occupancy``, in [0, 1]);
-            and ``threshold``, the mean lowest score of a hot row, in average occurrences.
+            the share of slots and of hot rows in use (``occupancy``, ``hot_occupancy``, in [0, 1])
+            and of slots that are medium (``medium_occupancy``); ``hot_share``, the share of the
+            tracked lookups of a recent batch that went to hot rows; and ``threshold``, the mean
+            lowest score of a hot row, in average occurrences.
         """
         sketch = self.sketch
         totals = dict(zip(COUNTERS, sketch.counters.sum(0).tolist(), strict=True))
@@ -215,5 +221,7 @@ class HotRowPool(nn.Module):
         return totals | {
             "occupancy": (sketch.hot_rows != FREE).double().mean().item(),
             "hot_occupancy": (sketch.owners >= 0).double().mean().item(),
+            "medium_occupancy": (sketch.hot_rows == MEDIUM).double().mean().item(),
+            "hot_share": int(self._hot_share[0]) / max(1, int(self._hot_share[1])),
             "threshold": lowest.mean().item() if lowest.numel() else 0.0,
         }

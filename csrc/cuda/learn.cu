@@ -1,0 +1,132 @@
+#include "checks.h"
+#include "importance.h"
+#include "launch.cuh"
+#include "observe.cuh"
+
+namespace torchrec_cafe {
+namespace {
+
+constexpr int kLanes = 4;  // of l2_norm
+
+// Four threads a bag, one for each lane of l2_norm.
+__global__ void bag_norms_kernel(const float* __restrict__ grad, int64_t num_bags, int64_t dim,
+                                 float* __restrict__ norms) {
+  const int lane = threadIdx.x % kLanes;
+  const int64_t stride = index_stride() / kLanes;
+  // Whole warps stay together for the shuffles.
+  for (int64_t first = first_index() / kWarp * (kWarp / kLanes); first < num_bags;
+       first += stride) {
+    const int64_t bag = first + threadIdx.x % kWarp / kLanes;
+    double sum = 0.0;
+    if (bag < num_bags) {
+      for (int64_t d = lane; d < dim; d += kLanes) {
+        const auto x = static_cast<double>(grad[bag * dim + d]);
+        sum += x * x;
+      }
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (lane == 0 && bag < num_bags) norms[bag] = static_cast<float>(sqrt(sum));
+  }
+}
+
+// One thread for every feature of a block of samples: sums have the order of the CPU's.
+__global__ void block_sums_kernel(const float* __restrict__ norms, int64_t num_samples,
+                                  int64_t num_features, NormSum* __restrict__ sums) {
+  const int64_t num_blocks = (num_samples + kNormBlock - 1) / kNormBlock;
+  for (int64_t i = first_index(); i < num_blocks * num_features; i += index_stride()) {
+    const int64_t first = i / num_features * kNormBlock;
+    const int64_t last = min(first + kNormBlock, num_samples);
+    NormSum sum;
+    for (int64_t b = first; b < last; ++b) sum.add(norms[b * num_features + i % num_features]);
+    sums[i] = sum;
+  }
+}
+
+// One thread a table.
+__global__ void update_means_kernel(const NormSum* __restrict__ blocks, int64_t num_blocks,
+                                    const int64_t* __restrict__ features, int64_t num_features,
+                                    NormSum* norms, int64_t num_shards, int64_t num_tables,
+                                    double decay, float* __restrict__ scales) {
+  for (int64_t t = first_index(); t < num_tables; t += index_stride()) {
+    NormSum seen;
+    for (int64_t f = 0; f < num_features; ++f) {
+      if (features[f] != t) continue;
+      NormSum sum;
+      for (int64_t block = 0; block < num_blocks; ++block) {
+        sum.add(blocks[block * num_features + f]);
+      }
+      seen.add(sum);
+    }
+    NormSum running = norms[t];
+    running.decay(decay);
+    running.add(seen);
+    for (int64_t s = 0; s < num_shards; ++s) norms[s * num_tables + t] = running;
+    for (int64_t f = 0; f < num_features; ++f) {
+      if (features[f] == t) scales[f] = running.scale();
+    }
+  }
+}
+
+// A bag out of range has an importance that is not finite.
+__global__ void weigh_kernel(const float* __restrict__ norms, const float* __restrict__ scales,
+                             int64_t num_bags, int64_t num_features,
+                             const int32_t* __restrict__ bags, const float* __restrict__ weights,
+                             int64_t size, float* __restrict__ importance) {
+  for (int64_t i = first_index(); i < size; i += index_stride()) {
+    const int32_t bag = bags[i];
+    float value = float_from_bits(0x7fc00000u);
+    if (bag >= 0 && bag < num_bags) value = norms[bag] * scales[bag % num_features];
+    if (weights != nullptr) value *= fabsf(weights[i]);
+    importance[i] = value;
+  }
+}
+
+void learn_cuda(const Tensor& grad, const Tensor& bags, const Tensor& keys, const Tensor& shards,
+                const Tensor& weights, const Tensor& features, const Tensor& norms,
+                const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
+                double decay, double growth) {
+  check_learn(grad, bags, keys, shards, weights, features, norms, buckets, inflation, counters);
+  if (norms.size(0) == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  const cudaStream_t stream = current_stream(grad);
+  const int64_t num_features = features.numel();
+  const int64_t num_bags = grad.size(0);
+  const int64_t num_samples = num_bags / num_features;
+  const int64_t num_blocks = (num_samples + kNormBlock - 1) / kNormBlock;
+  const Tensor norm = torch::stable::new_empty(grad, {num_bags});
+  const Tensor sums = torch::stable::new_empty(norms, {num_blocks * num_features, 2});
+  const Tensor scales = torch::stable::new_zeros(grad, {num_features});
+  const Tensor importance = torch::stable::new_empty(grad, {keys.numel()});
+  auto* norm_out = static_cast<float*>(norm.data_ptr());
+  auto* scale_out = static_cast<float*>(scales.data_ptr());
+  if (num_bags > 0) {
+    bag_norms_kernel<<<grid_size(num_bags * kLanes), kThreads, 0, stream>>>(
+        grad.const_data_ptr<float>(), num_bags, grad.size(1), norm_out);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    block_sums_kernel<<<grid_size(num_blocks * num_features), kThreads, 0, stream>>>(
+        norm_out, num_samples, num_features, static_cast<NormSum*>(sums.data_ptr()));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  if (norms.size(1) > 0) {
+    update_means_kernel<<<grid_size(norms.size(1)), kThreads, 0, stream>>>(
+        static_cast<const NormSum*>(sums.data_ptr()), num_blocks,
+        features.const_data_ptr<int64_t>(), num_features, static_cast<NormSum*>(norms.data_ptr()),
+        norms.size(0), norms.size(1), decay, scale_out);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  if (keys.numel() > 0) {
+    weigh_kernel<<<grid_size(keys.numel()), kThreads, 0, stream>>>(
+        norm_out, scale_out, num_bags, num_features, bags.const_data_ptr<int32_t>(),
+        weights.numel() > 0 ? weights.const_data_ptr<float>() : nullptr, keys.numel(),
+        static_cast<float*>(importance.data_ptr()));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  observe_checked_cuda(keys, shards, importance, buckets, inflation, counters, growth);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) { m.impl("learn", TORCH_BOX(&learn_cuda)); }
+
+}  // namespace torchrec_cafe

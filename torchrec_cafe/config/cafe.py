@@ -1,0 +1,212 @@
+"""CAFE tables: what they are, and how they divide a budget. Standard library only.
+
+Bytes are counted in full. ``compression`` promises that everything that must be resident for
+lookups (shared rows, hot rows, sketch, maps) takes at most ``dense weight bytes / compression``.
+Optimizer state follows the rows and is not part of the promise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from torchrec_cafe.config.budget import (
+    TableKind,
+    budget_of,
+    check_compression,
+    check_whole_fraction,
+    rows_alone,
+    smallest,
+    split_rows,
+    too_small,
+)
+from torchrec_cafe.config.memory import (
+    BUCKET_SLOTS,
+    OWNER_BYTES,
+    SHARD_BYTES,
+    SLOT_BYTES,
+    TABLE_STATISTICS_BYTES,
+    Allocation,
+    MemoryBreakdown,
+    TableShape,
+)
+
+# Cafe divides its shared rows in proportion to 1 / sqrt(ids of the table). Every table has a lookup
+# in every sample, so a row of a small table tells more lookups apart than one of a large table. In
+# proportion to the tables' sizes, as hashing does it, nearly all rows would go to huge tables,
+# whose ids are too many to be told apart by shared rows anyway.
+SHARED_ROWS_EXPONENT = -0.5
+
+# Virtual shards of a pool, unless a number is asked for: the first of these that leaves every shard
+# a fair number of hot rows. Each shard picks its own hottest ids, so that with few rows each, a
+# shard that happens to hold many hot ids leaves some out; and shards have fixed costs.
+_NUM_SHARDS = (64, 32, 16)
+_FAIR_HOT_ROWS = 64
+_FEW_SHARDS = (8, 4, 2, 1)
+
+#: What the importance of an occurrence may be.
+IMPORTANCE = ("gradient_norm", "frequency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cafe(TableKind):
+    """Hot ids own a row, the others share hashed rows (CAFE, SIGMOD 2024).
+
+    A sketch of gradient importance (HotSketch) decides which ids are hot, and keeps deciding as
+    the data drifts. All CAFE tables of a group (same dim, dtype, pooling) share one pool of hot
+    rows and one sketch. Tables with equal kinds share one budget: small ones are kept whole
+    within it, the rest goes to hot rows and shared rows.
+
+    Attributes:
+        compression: dense weight bytes divided by resident bytes (shared rows, hot rows, sketch,
+            maps), >= 1.
+        hot_fraction: share of the budget, after whole tables, that goes to hot rows and their
+            sketch, in (0, 1).
+        whole_fraction: share of the budget that may go to keeping the smallest tables whole, in
+            [0, 1).
+        medium_fraction: share of the shared rows' bytes that goes to second rows, in [0, 1): ids
+            that are important, but not enough for a row of their own, look up the sum of two
+            shared rows. 0: none.
+        slots_per_hot_row: slots of the sketch per hot row, >= 1; more remember more candidates.
+        importance: ``"gradient_norm"`` (of the bag's gradient) or ``"frequency"``.
+        threshold: smallest importance, in average occurrences, that earns a row; ``None`` gives
+            the rows to the highest scores.
+        hysteresis: a hot id keeps its row until its score is this far below the threshold,
+            relative, in [0, 1).
+        half_life: steps after which an occurrence counts half, > 0; ``inf`` never forgets.
+        rebalance_interval: steps between two decisions on the same virtual shard, >= 1.
+        num_shards: virtual shards of the pool, fixed for the life of a checkpoint; at least the
+            number of ranks that the table is ever spread over. ``None``: 64, fewer for small pools.
+    """
+
+    compression: float
+    hot_fraction: float = 0.4
+    whole_fraction: float = 0.25
+    medium_fraction: float = 0.0
+    slots_per_hot_row: float = 3.0
+    importance: str = "gradient_norm"
+    threshold: float | None = None
+    hysteresis: float = 0.1
+    half_life: float = math.inf
+    rebalance_interval: int = 16
+    num_shards: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        check_compression(self.compression)
+        check_whole_fraction(self.whole_fraction)
+        checks = {
+            "hot_fraction": ("in (0, 1)", 0 < self.hot_fraction < 1),
+            "slots_per_hot_row": (">= 1", self.slots_per_hot_row >= 1),
+            "threshold": (">= 0", self.threshold is None or self.threshold >= 0),
+            "hysteresis": ("in [0, 1)", 0 <= self.hysteresis < 1),
+            "half_life": ("> 0", self.half_life > 0),
+            "rebalance_interval": (">= 1", self.rebalance_interval >= 1),
+            "medium_fraction": ("in [0, 1)", 0 <= self.medium_fraction < 1),
+            "importance": (f"one of {IMPORTANCE}", self.importance in IMPORTANCE),
+            "num_shards": (
+                "in [1, 65536] or None",
+                self.num_shards is None or 1 <= self.num_shards <= 65536,
+            ),
+        }
+        for name, (wanted, holds) in checks.items():
+            if not holds:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    @property
+    def growth(self) -> float:
+        """Factor by which the score of an occurrence exceeds that of one a step before."""
+        return 2.0 ** (1.0 / self.half_life)
+
+    def allocate(self, tables: Sequence[TableShape]) -> Allocation:
+        """Divide the budget of a group between whole tables, hot rows, sketch and shared rows.
+
+        Args:
+            tables: tables of equal dim and dtype that share the budget.
+
+        Raises:
+            ValueError: if the budget leaves a table without a row or the pool without a hot row
+                in each virtual shard.
+        """
+        allocation = self._divide(tables)
+        if allocation is None:
+            raise too_small(tables, self.compression, lambda c: self._fits(tables, c))
+        return allocation
+
+    def _fits(self, tables: Sequence[TableShape], compression: float) -> bool:
+        other = replace(self, compression=compression)
+        return other._divide(tables) is not None  # noqa: SLF001  of this very class
+
+    def _divide(self, tables: Sequence[TableShape]) -> Allocation | None:
+        """What :meth:`allocate` returns, or ``None`` if the budget is too small."""
+        if self.num_shards is not None:
+            return self._divide_into(tables, self.num_shards)
+        for num_shards in _NUM_SHARDS:
+            allocation = self._divide_into(tables, num_shards)
+            if allocation and (
+                not allocation.tracked or allocation.hot_rows_per_shard >= _FAIR_HOT_ROWS
+            ):
+                return allocation
+        few = (self._divide_into(tables, num_shards) for num_shards in _FEW_SHARDS)
+        return next((allocation for allocation in few if allocation), None)
+
+    def _divide_into(self, tables: Sequence[TableShape], num_shards: int) -> Allocation | None:
+        """The same for so many virtual shards."""
+        row_bytes = tables[0].row_bytes if tables else 0
+        budget = budget_of(tables, self.compression)
+        whole = smallest(tables, math.floor(self.whole_fraction * budget))
+        rest = [table for table in tables if table.name not in whole]
+        shared = {table.name: table.num_embeddings for table in tables if table.name in whole}
+        left = budget - sum(shared.values()) * row_bytes
+        dense = sum(table.dense_bytes for table in tables)
+        if not rest:
+            return rows_alone(tables, shared, row_bytes)
+        fixed = num_shards * (SHARD_BYTES + TABLE_STATISTICS_BYTES * len(rest))
+        available = (self.hot_fraction * left - fixed) / num_shards
+        hot_rows = self._hot_rows(available, row_bytes)
+        buckets = math.ceil(hot_rows * self.slots_per_hot_row / BUCKET_SLOTS)
+        left -= fixed + num_shards * self._pool_bytes(hot_rows, buckets, row_bytes)
+        rows = math.floor(left / row_bytes)
+        second_rows = math.floor(self.medium_fraction * max(0, rows) / num_shards)
+        rows -= num_shards * second_rows
+        if hot_rows < 1 or rows < len(rest):
+            return None
+        shared |= split_rows(rest, rows, exponent=SHARED_ROWS_EXPONENT)
+        memory = MemoryBreakdown(
+            shared_bytes=(sum(shared.values()) + num_shards * second_rows) * row_bytes,
+            hot_bytes=num_shards * hot_rows * row_bytes,
+            sketch_bytes=num_shards * buckets * BUCKET_SLOTS * SLOT_BYTES + fixed,
+            map_bytes=num_shards * hot_rows * OWNER_BYTES,
+            dense_bytes=dense,
+        )
+        return Allocation(
+            shared_rows=MappingProxyType({table.name: shared[table.name] for table in tables}),
+            memory=memory,
+            num_shards=num_shards,
+            hot_rows_per_shard=hot_rows,
+            second_rows_per_shard=second_rows,
+            buckets_per_shard=buckets,
+            tracked=tuple(table.name for table in rest),
+        )
+
+    @staticmethod
+    def _pool_bytes(hot_rows: int, buckets: int, row_bytes: int) -> int:
+        """Bytes of a virtual shard that grow with its hot rows."""
+        return hot_rows * (row_bytes + OWNER_BYTES) + buckets * BUCKET_SLOTS * SLOT_BYTES
+
+    def _hot_rows(self, available: float, row_bytes: int) -> int:
+        """Most hot rows of a virtual shard whose rows, owners and sketch fit ``available``."""
+        per_row = row_bytes + OWNER_BYTES + self.slots_per_hot_row * SLOT_BYTES
+        hot_rows = max(0, math.floor(available / per_row))
+        while hot_rows > 0:
+            buckets = math.ceil(hot_rows * self.slots_per_hot_row / BUCKET_SLOTS)
+            if self._pool_bytes(hot_rows, buckets, row_bytes) <= available:
+                break
+            hot_rows -= 1
+        return hot_rows

@@ -1,0 +1,136 @@
+"""From the gradient of a batch's bags to what the sketch knows, in one operator.
+
+Shape legend: N occurrences, F features, B samples, D columns, S virtual shards, T tables of a pool.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
+from torchrec_cafe.ops.hot_sketch import SketchState
+from torchrec_cafe.ops.row_map import Remapped
+
+
+def learn(  # noqa: PLR0913  what a step of learning takes
+    state: SketchState,
+    norms: Tensor,
+    grad: Tensor,
+    batch: Remapped,
+    *,
+    features: Tensor,
+    weights: Tensor | None = None,
+    decay: float = 1.0,
+    growth: float = 1.0,
+) -> None:
+    r"""Add the importance of each occurrence of a batch to the sketch.
+
+    The importance of an occurrence is the L2 norm of its bag's gradient, divided by the running
+    mean of the norms of its table's bags, times the magnitude of its weight. What is not finite
+    is left out of the mean, and counted and skipped as :func:`observe` does.
+
+    Args:
+        state: the sketch, mutated.
+        norms: float64 ``[S, T, 2]``, running sum and count of each table's norms, the same in every
+            shard; mutated.
+        grad: float32 ``[B * F, D]``, gradient of the pooled bags, D a multiple of 4; bag
+            ``b * F + f`` is sample b of feature f.
+        batch: what :func:`remap` made of the batch; its ``bags``, ``keys`` and ``shards`` are used.
+        features: int64 ``[F]``, table of each feature in [0, T), or -1: not tracked.
+        weights: float32 ``[N]``, per-sample weight of each occurrence; ``None``: all one.
+        decay: in [0, 1], what the running means keep of what they were.
+        growth: see :func:`observe`.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape or a number is not the one above, or the devices differ; nothing is
+            mutated then. On CUDA the values of bags, shards and features cannot be seen without
+            waiting for the device: one out of range is not learned from.
+
+    Note:
+        Deterministic for any number of threads and on every device. Not differentiable.
+
+    Reference: CAFE (SIGMOD 2024), section 3.2; normalised by table as in its released code.
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"learn: `decay` must be in [0, 1], got {decay}")
+    if not 1 <= growth <= 2**60:
+        raise ValueError(f"learn: `growth` must be in [1, 2**60], got {growth}")
+    given = grad.new_empty(0) if weights is None else weights
+    try:
+        torch.ops.torchrec_cafe.learn.default(
+            grad,
+            batch.bags,
+            batch.keys,
+            batch.shards,
+            given,
+            features,
+            norms,
+            state.buckets,
+            state.inflation,
+            state.counters,
+            decay,
+            growth,
+        )
+    except RuntimeError as error:
+        _explain(state, norms, grad, batch, features, given if weights is not None else None)
+        raise value_error("learn", error) from None
+
+
+def _explain(  # noqa: PLR0913  all that learn takes
+    state: SketchState,
+    norms: Tensor,
+    grad: Tensor,
+    batch: Remapped,
+    features: Tensor,
+    weights: Tensor | None,
+) -> None:
+    """Name the argument that learn has refused."""
+    size = tuple(batch.keys.shape)
+    check_tensor("learn", "grad", grad, torch.float32, (None, None))
+    check_tensor("learn", "batch.keys", batch.keys, torch.int64, (None,))
+    check_tensor("learn", "batch.bags", batch.bags, torch.int32, size)
+    check_tensor("learn", "batch.shards", batch.shards, torch.int32, size)
+    if weights is not None:
+        check_tensor("learn", "weights", weights, torch.float32, size)
+    check_tensor("learn", "features", features, torch.int64, (None,))
+    check_tensor("learn", "norms", norms, torch.float64, (len(state.inflation), None, 2))
+    check_same_device(
+        "learn",
+        grad=grad,
+        keys=batch.keys,
+        bags=batch.bags,
+        shards=batch.shards,
+        features=features,
+        norms=norms,
+        state=state.buckets,
+    )
+    if features.numel() == 0 or grad.shape[0] % features.numel():
+        raise ValueError(
+            f"learn: `grad` must have a row for each sample and feature, got {grad.shape[0]} rows "
+            f"for {features.numel()} features"
+        )
+    if grad.shape[1] % 4:
+        raise ValueError(
+            f"learn: `grad` must have a multiple of 4 columns, as FBGEMM's tables do, got "
+            f"{grad.shape[1]}"
+        )
+
+
+@torch.library.register_fake("torchrec_cafe::learn")
+def _(  # noqa: PLR0913  the schema has as many arguments
+    grad: Tensor,
+    bags: Tensor,
+    keys: Tensor,
+    shards: Tensor,
+    weights: Tensor,
+    features: Tensor,
+    norms: Tensor,
+    buckets: Tensor,
+    inflation: Tensor,
+    counters: Tensor,
+    decay: float,
+    growth: float,
+) -> None:
+    check_same_device("learn", grad=grad, keys=keys, shards=shards, norms=norms, state=buckets)

@@ -1,0 +1,264 @@
+"""The rows of a pool: who moves into them, and who looks up two.
+
+Shape legend: N occurrences, S virtual shards, W buckets and H hot rows a shard, R physical rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
+from torchrec_cafe.ops.row_map import TABLE_COLUMNS, Remapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolRows:
+    """Where the rows of a pool lie: shard after shard, in each the hot rows before second rows.
+
+    Attributes:
+        offset: physical row of the first, >= 0.
+        hot_rows_per_shard: rows that ids own, >= 1.
+        second_rows_per_shard: rows that medium ids add to their shared row, >= 0.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    offset: int
+    hot_rows_per_shard: int
+    second_rows_per_shard: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers; see the class."""
+        least = {"offset": 0, "hot_rows_per_shard": 1, "second_rows_per_shard": 0}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(
+                    f"PoolRows: `{name}` must be >= {lowest}, got {getattr(self, name)}"
+                )
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of a virtual shard."""
+        return self.hot_rows_per_shard + self.second_rows_per_shard
+
+
+class Lookups(NamedTuple):
+    """Rows of a batch's bags, of which an occurrence may have several.
+
+    Attributes:
+        rows: int64 ``[M]``, physical rows.
+        offsets: int64 ``[B * F + 1]``, where each bag starts in ``rows``.
+        source: int32 ``[M]``, position in the batch's ids that each row came from.
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    source: Tensor
+
+
+class Moves(NamedTuple):
+    """What :func:`rebalance` says to do to the hot rows of some shards.
+
+    Attributes:
+        selected: int64 ``[n]``, the shards.
+        actions: int8 ``[n, H]``, of each of their hot rows.
+        new_keys: int64 ``[n, H]``, the key that a row to fill now belongs to.
+    """
+
+    selected: Tensor
+    actions: Tensor
+    new_keys: Tensor
+
+
+def move_rows(
+    rows: Tensor, moves: Moves, tables: Tensor, pool: PoolRows, *, second_factor: float
+) -> None:
+    """Fill the hot rows that have a new owner, and clear those that have lost theirs.
+
+    A new owner's row becomes the shared row that it was trained on or, if the id was medium,
+    ``second_factor`` times the sum of its shared and its second row.
+
+    Args:
+        rows: float32, float16 or bfloat16 ``[R, ...]``, contiguous: weights or a row-wise optimizer
+            state; mutated.
+        moves: what :func:`rebalance` returned.
+        tables: int64 ``[T, 5]``, as :func:`remap` takes them, one row per table of the pool, in the
+            order of ``index``.
+        pool: where the hot rows lie.
+        second_factor: 1 for weights, which are looked up as a sum; .5 for a state, so that it is
+            the mean of the two rows'.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape is not the one above, the devices differ, or a row that moves is not
+            in ``rows``; nothing is mutated then. On CUDA the last cannot be seen without waiting
+            for the device, and such a row stays as it is.
+
+    Note:
+        Deterministic. No host synchronisation. Not differentiable.
+
+    Reference: CAFE (SIGMOD 2024), section 3.3; medium ids: section 3.4.
+    """
+    try:
+        torch.ops.torchrec_cafe.move_rows.default(
+            rows,
+            moves.actions,
+            moves.new_keys,
+            moves.selected,
+            tables,
+            pool.rows_per_shard,
+            pool.offset,
+            second_factor,
+        )
+    except RuntimeError as error:
+        if rows.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise TypeError(
+                "move_rows: `rows` must be torch.float32, torch.float16 or torch.bfloat16, got "
+                f"{rows.dtype}"
+            ) from None
+        check_tensor("move_rows", "rows", rows, rows.dtype, (None,) * max(1, rows.dim()))
+        count = moves.selected.numel()
+        check_tensor("move_rows", "moves.selected", moves.selected, torch.int64, (None,))
+        check_tensor("move_rows", "moves.actions", moves.actions, torch.int8, (count, None))
+        shape = tuple(moves.actions.shape)
+        check_tensor("move_rows", "moves.new_keys", moves.new_keys, torch.int64, shape)
+        check_tensor("move_rows", "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
+        check_same_device("move_rows", rows=rows, actions=moves.actions, tables=tables)
+        raise value_error("move_rows", error) from None
+
+
+def add_second_rows(batch: Remapped, buckets: Tensor, pool: PoolRows) -> Lookups:
+    """Let each medium id look up a second row after its shared row: its bag sums the two.
+
+    Args:
+        batch: what :func:`remap` made of the batch, with fewer than 2**30 occurrences.
+        buckets: int64 ``[S, W, 8]``, of the sketch that knows which ids are medium.
+        pool: where the second rows lie, at least one a shard.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape or a number is not the one above, the devices differ, or offsets or
+            shards are out of range; the last cannot be seen on CUDA.
+
+    Note:
+        Deterministic. Nothing is mutated. Not differentiable. On CUDA it waits for the device once,
+        to learn how many rows there are.
+
+    Reference: CAFE (SIGMOD 2024), section 3.4 (multi-level hash embedding).
+    """
+    try:
+        return Lookups._make(
+            torch.ops.torchrec_cafe.add_second_rows.default(
+                batch.rows,
+                batch.offsets,
+                batch.source,
+                batch.keys,
+                batch.shards,
+                buckets,
+                pool.hot_rows_per_shard,
+                pool.rows_per_shard,
+                pool.offset,
+            )
+        )
+    except RuntimeError as error:
+        size = tuple(batch.rows.shape)
+        wanted = {
+            "rows": torch.int64,
+            "source": torch.int32,
+            "keys": torch.int64,
+            "shards": torch.int32,
+        }
+        for name, dtype in wanted.items():
+            check_tensor("add_second_rows", f"batch.{name}", getattr(batch, name), dtype, size)
+        check_tensor("add_second_rows", "batch.offsets", batch.offsets, torch.int64, (None,))
+        check_tensor("add_second_rows", "buckets", buckets, torch.int64, (None, None, 8))
+        check_same_device("add_second_rows", rows=batch.rows, buckets=buckets)
+        raise value_error("add_second_rows", error) from None
+
+
+def quotient_remainder(ids: Tensor, offsets: Tensor, tables: Tensor) -> Lookups:
+    """Turn ids into two rows each, which no other id of their table has both of.
+
+    A mixed id ``m`` of a table of ``n`` ids has row ``m % r`` of its ``r`` remainder rows and, after
+    those, row ``m // r`` of its ``ceil(n / r)`` quotient rows; its bag sums the two.
+
+    Args:
+        ids: int64 ``[N]``, mixed ids less the table's ``first_id``, feature-major; N < 2**30.
+        offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
+        tables: int64 ``[F, 5]``, as :func:`remap` takes them, with ``shared_rows`` the remainder
+            rows; ``index`` is not used.
+
+    Returns:
+        The rows, sample-major: bag ``b * F + f`` is sample b of feature f.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape is not the one above, the devices differ, or ``offsets`` does not
+            ascend from 0 to N; the last cannot be seen on CUDA.
+
+    Note:
+        Deterministic, and the same on every device. Nothing is mutated. Not differentiable.
+
+    Reference: Shi et al., Compositional Embeddings Using Complementary Partitions (KDD 2020).
+    """
+    try:
+        return Lookups._make(
+            torch.ops.torchrec_cafe.quotient_remainder.default(ids, offsets, tables)
+        )
+    except RuntimeError as error:
+        op = "quotient_remainder"
+        check_tensor(op, "ids", ids, torch.int64, (None,))
+        check_tensor(op, "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
+        check_tensor(op, "offsets", offsets, torch.int64, (None,))
+        check_same_device(op, ids=ids, offsets=offsets, tables=tables)
+        features = tables.shape[0]
+        if features == 0 or offsets.numel() == 0 or (offsets.numel() - 1) % features:
+            raise ValueError(
+                f"{op}: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
+                f"for {features} features"
+            ) from None
+        raise value_error(op, error) from None
+
+
+@torch.library.register_fake("torchrec_cafe::move_rows")
+def _(  # noqa: PLR0913  the schema has as many arguments
+    rows: Tensor,
+    actions: Tensor,
+    new_keys: Tensor,
+    selected: Tensor,
+    tables: Tensor,
+    rows_per_shard: int,
+    hot_offset: int,
+    second_factor: float,
+) -> None:
+    check_same_device("move_rows", rows=rows, actions=actions, tables=tables)
+
+
+@torch.library.register_fake("torchrec_cafe::add_second_rows")
+def _(  # noqa: PLR0913  the schema has as many arguments
+    rows: Tensor,
+    offsets: Tensor,
+    source: Tensor,
+    keys: Tensor,
+    shards: Tensor,
+    buckets: Tensor,
+    hot_rows_per_shard: int,
+    rows_per_shard: int,
+    hot_offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_same_device("add_second_rows", rows=rows, keys=keys, buckets=buckets)
+    size = torch.library.get_ctx().new_dynamic_size()
+    return rows.new_empty(size), torch.empty_like(offsets), source.new_empty(size)
+
+
+@torch.library.register_fake("torchrec_cafe::quotient_remainder")
+def _(ids: Tensor, offsets: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_same_device("quotient_remainder", ids=ids, offsets=offsets, tables=tables)
+    size = 2 * ids.shape[0]
+    rows = ids.new_empty(size)
+    return rows, torch.empty_like(offsets), ids.new_empty(size, dtype=torch.int32)
