@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder as TorchRecSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner as TorchRecPlanner
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints as TorchRecConstraints
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 import torchrec_cafe as tc
 from tests.distributed import models
@@ -117,6 +119,32 @@ def test_the_planner_counts_compressed_bytes():
 def test_impossible_constraints_are_refused(table_constraints, world_size, message):
     with pytest.raises(ValueError, match=message):
         models.planner(table_constraints, world_size).plan(models.collection(), [models.sharder()])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchRec's import
+@pytest.mark.parametrize(
+    "optimizer", [EmbOptimType.ADAM, EmbOptimType.LAMB, EmbOptimType.PARTIAL_ROWWISE_ADAM]
+)
+def test_optimizers_that_cannot_follow_a_row_are_refused(optimizer):
+    with pytest.raises(ValueError, match=f"table 't_big': .* on cpu must be .*{optimizer.name}"):
+        models.planner(models.constraints(), 1).plan(
+            models.collection(), [models.sharder(optimizer)]
+        )
+    module = models.collection()
+    weights = module.embedding_bags["t_hash"].parameters()
+    apply_optimizer_in_backward(torch.optim.Adam, weights, {"lr": 0.1})
+    with pytest.raises(ValueError, match=r"table 't_hash': .* EXACT_SGD, got ADAM;"):
+        models.planner(models.constraints(), 1).plan(module, [models.sharder()])
+    on_gpu = tc.EmbeddingShardingPlanner(
+        topology=Topology(world_size=1, compute_device="cuda"),
+        constraints=models.constraints(),
+        debug=False,
+    )
+    if optimizer is EmbOptimType.LAMB:
+        with pytest.raises(ValueError, match="on cuda must be .*PARTIAL_ROWWISE_ADAM, got LAMB"):
+            on_gpu.plan(models.collection(), [models.sharder(optimizer)])
+    else:
+        on_gpu.plan(models.collection(), [models.sharder(optimizer)])
 
 
 def test_dims_that_fbgemm_cannot_hold_are_refused():

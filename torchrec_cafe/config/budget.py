@@ -130,9 +130,7 @@ def split_rows(tables: Sequence[TableShape], rows: int, *, exponent: float) -> d
     return {table.name: shared[table.name] for table in tables}
 
 
-def rows_alone(
-    tables: Sequence[TableShape], shared: dict[str, int], row_bytes: int
-) -> Allocation:
+def rows_alone(tables: Sequence[TableShape], shared: dict[str, int], row_bytes: int) -> Allocation:
     """The allocation of tables that have shared rows and nothing else.
 
     Args:

@@ -26,6 +26,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec_cafe.config import TableKind, TableShape, item_bytes
 from torchrec_cafe.distributed._torchrec import TorchRecConstraints
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
+from torchrec_cafe.distributed.optimizers import check_optimizer
 from torchrec_cafe.distributed.types import CompressedGroup, CompressedParameterSharding
 
 SUPPORTED_SHARDING_TYPES = (ShardingType.ROW_WISE.value,)
@@ -36,8 +37,8 @@ class ParameterConstraints(TorchRecConstraints):
     """TorchRec's constraints of a table, and how the table is kept.
 
     Attributes:
-        table: :class:`torchrec_cafe.Cafe` or :class:`torchrec_cafe.Hash`; ``None`` leaves the
-            table to TorchRec, as ever.
+        table: a :class:`torchrec_cafe.Cafe` or another kind; ``None`` leaves the table to
+            TorchRec, as ever.
     """
 
     table: TableKind | None = None
@@ -173,7 +174,8 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         self, module: nn.Module, sharders: Sequence[ModuleSharder[nn.Module]]
     ) -> dict[int, dict[str, CompressedGroup]]:
         """The group of each compressed table, by collection (``id``) and table."""
-        if not any(isinstance(sharder, EmbeddingBagCollectionSharder) for sharder in sharders):
+        ours = [s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder)]
+        if not ours:
             raise ValueError(
                 f"tables {sorted(self._kinds)} are compressed, so `sharders` must hold a "
                 "torchrec_cafe.EmbeddingBagCollectionSharder, got "
@@ -182,8 +184,16 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         groups: dict[int, dict[str, CompressedGroup]] = {}
         found: set[str] = set()
         for _, collection in _collections(module):
-            groups[id(collection)] = self._group_collection(collection)
-            found |= groups[id(collection)].keys()
+            grouped = self._group_collection(collection)
+            for name in grouped:
+                check_optimizer(
+                    name,
+                    collection.embedding_bags[name].weight,
+                    ours[0].fused_params,
+                    self._topology.compute_device,
+                )
+            groups[id(collection)] = grouped
+            found |= grouped.keys()
         unknown = sorted(self._kinds.keys() - found)
         if unknown:
             raise ValueError(

@@ -184,8 +184,8 @@ def add_second_rows(batch: Remapped, buckets: Tensor, pool: PoolRows) -> Lookups
 def quotient_remainder(ids: Tensor, offsets: Tensor, tables: Tensor) -> Lookups:
     """Turn ids into two rows each, which no other id of their table has both of.
 
-    A mixed id ``m`` of a table of ``n`` ids has row ``m % r`` of its ``r`` remainder rows and, after
-    those, row ``m // r`` of its ``ceil(n / r)`` quotient rows; its bag sums the two.
+    A mixed id ``m`` of a table of ``n`` ids has row ``m % r`` of its ``r`` remainder rows, and row
+    ``m // r`` of the ``ceil(n / r)`` quotient rows after them; its bag sums the two.
 
     Args:
         ids: int64 ``[N]``, mixed ids less the table's ``first_id``, feature-major; N < 2**30.
