@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NoReturn
 
+from torchrec_cafe.config import Cafe
+
 #: hash_whole: hash that may spend a quarter of its budget on whole small tables, as cafe does
-KINDS = ("full", "hash", "hash_whole", "cafe")
+KINDS = ("full", "hash", "hash_whole", "quotient_remainder", "cafe", "cafe_multi_level")
 DEFAULT_KINDS = ("full", "hash", "cafe")
 ARCHITECTURES = ("dlrm", "dcn")
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
@@ -29,15 +31,19 @@ def _option(default: Any, text: str) -> Any:
 class TrainConfig:
     """Options of a run; see ``--help`` for what each means."""
 
-    data: str = _option("promotions", "promotions, or a path to Criteo's Kaggle or Terabyte tsv")
+    data: str = _option(
+        "promotions", "promotions, generator, generator_drift, or a path to Criteo's tsv"
+    )
     cache_dir: str = _option(".cache", "where prepared data sets are kept")
     sample: int = _option(2_000_000, "about how many samples to use, train and test together")
     full: bool = _option(default=False, text="use every sample")
     kinds: tuple[str, ...] = _option(
         DEFAULT_KINDS, f"tables to train in turn, of {', '.join(KINDS)}"
     )
-    compression: tuple[float, ...] = _option((100.0,), "dense bytes / bytes of hash and cafe")
+    compression: tuple[float, ...] = _option((100.0,), "dense bytes / bytes of compressed tables")
+    cafe: tuple[str, ...] = _option((), "arguments of Cafe, as NAME=VALUE,NAME=VALUE")
     arch: str = _option("dlrm", f"TorchRec model: {' or '.join(ARCHITECTURES)} (DLRM_DCN)")
+    over_arch: tuple[int, ...] = _option((256, 128), "hidden layers after the interaction")
     embedding_dim: int = _option(16, "columns of every table, a multiple of 4")
     batch_size: int = _option(4096, "samples per rank and step")
     optimizer: str = _option("rowwise_adagrad", f"of the tables: {', '.join(OPTIMIZERS)}")
@@ -64,8 +70,36 @@ class TrainConfig:
                 f"--embedding_dim must be a multiple of 4 (FBGEMM's row alignment), got "
                 f"{self.embedding_dim}; use {4 * max(1, round(self.embedding_dim / 4))}"
             )
+        if any(size < 1 for size in self.over_arch):
+            raise ValueError(f"--over_arch needs layers of at least 1, got {self.over_arch}")
         if not self.seed or not self.compression:
             raise ValueError("--seed and --compression need at least one value")
+        self.cafe_arguments()
+
+    def cafe_arguments(self) -> dict[str, Any]:
+        """The arguments of Cafe that ``--cafe`` gives, by name.
+
+        Raises:
+            ValueError: if a name is unknown, or a value cannot be read or is out of range.
+        """
+        types = {option.name: str(option.type) for option in dataclasses.fields(Cafe)}
+        del types["compression"]  # an option of its own
+        arguments: dict[str, Any] = {}
+        for item in self.cafe:
+            name, equals, text = item.partition("=")
+            if not equals or name not in types:
+                raise ValueError(
+                    f"--cafe must be NAME=VALUE,... with names of {', '.join(types)}, got {item!r}"
+                )
+            try:
+                arguments[name] = _read(text, types[name])
+            except ValueError:
+                raise ValueError(f"--cafe: {name} must be {types[name]}, got {text!r}") from None
+        try:
+            Cafe(compression=1.0, **arguments)
+        except ValueError as error:
+            raise ValueError(f"--cafe: {error}") from None
+        return arguments
 
     def _check_numbers(self) -> None:
         least = {"sample": 1, "batch_size": 1, "embedding_dim": 1}
@@ -96,6 +130,24 @@ class _Parser(argparse.ArgumentParser):
     def print_help(self, file: IO[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             super().print_help(file)
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "bool": lambda text: {"true": True, "false": False}[text.lower()],
+    "None": lambda text: {"none": None}[text.lower()],
+}
+
+
+def _read(text: str, annotation: str) -> Any:
+    """A value of the first of the annotation's types that the text can be read as."""
+    for name in annotation.split("|"):
+        try:
+            return _READERS.get(name.strip(), str)(text)
+        except (KeyError, ValueError):
+            continue
+    raise ValueError(text)
 
 
 def _parser_of(annotation: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,14 @@ from tqdm import tqdm
 import torchrec_cafe as tc
 from examples.dlrm.config import TrainConfig
 from examples.dlrm.data import BatchLoader, ClickLog
-from examples.dlrm.model import shard
+from examples.dlrm.model import constraints, shard
 
 #: steps before the clock starts: first calls allocate and warm up
 WARM_UP_STEPS = 10
 _SCALARS_EVERY = 50
+
+#: called before a training step with its number and the model
+OnStep = Callable[[int, DistributedModelParallel], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,22 +54,35 @@ class Result:
     samples_per_second: float
 
 
-def run(config: TrainConfig, log: ClickLog, kind: str, compression: float, seed: int) -> Result:
+def run(
+    config: TrainConfig,
+    log: ClickLog,
+    kind: str,
+    compression: float,
+    seed: int,
+    *,
+    tables: Mapping[str, tc.ParameterConstraints] | None = None,
+    on_step: OnStep | None = None,
+) -> Result:
     """Train on the train split in order, then evaluate on the test split.
 
     Args:
         config: options of the run.
         log: the data set.
         kind: of :data:`examples.dlrm.config.KINDS`.
-        compression: of hash and cafe.
+        compression: of the compressed kinds.
         seed: of the weights.
+        tables: how each table is kept; as ``kind`` says by default.
+        on_step: called before each training step with its number and the model.
     """
     device = _device()
     torch.manual_seed(seed)
-    model, optimizer = shard(config, log, kind, compression, device)
+    if tables is None:
+        tables = constraints(config, log, kind, compression)
+    model, optimizer = shard(config, log, tables, device)
     label = kind if kind == "full" else f"{kind} {compression:g}x"
     label += f" seed {seed}" if len(config.seed) > 1 else ""
-    speed = _train(config, log, model, optimizer, device, label)
+    speed = _train(config, log, model, optimizer, label, on_step)
     auc, log_loss = _evaluate(config, log, model, device, label)
     resident = torch.tensor([tc.resident_bytes(model)], dtype=torch.int64, device=device)
     dist.all_reduce(resident)
@@ -120,8 +137,8 @@ def _train(
     log: ClickLog,
     model: DistributedModelParallel,
     optimizer: CombinedOptimizer,
-    device: torch.device,
     label: str,
+    on_step: OnStep | None,
 ) -> float:
     """Samples per second, over all ranks."""
     loader = _loader(config, log, train=True)
@@ -131,7 +148,7 @@ def _train(
             f"--batch_size {config.batch_size} on {dist.get_world_size()} ranks is more than the "
             f"{len(log.train.labels)} training samples; use a smaller one"
         )
-    pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    pipeline = TrainPipelineSparseDist(model, optimizer, model.device)
     batches = iter(loader)
     per_step = config.batch_size * dist.get_world_size()
     writer = None
@@ -144,6 +161,8 @@ def _train(
         for step in range(steps):
             if step == warm_up:
                 start = time.perf_counter()
+            if on_step is not None:
+                on_step(step, model)
             loss, *_ = pipeline.progress(batches)
             bar.update(per_step)
             if step % _SCALARS_EVERY == 0 or step == steps - 1:

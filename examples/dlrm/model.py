@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,25 +30,51 @@ _OPTIMIZERS = {
 }
 
 
-def constraints(log: ClickLog, kind: str, compression: float) -> dict[str, Any]:
+def constraints(
+    config: TrainConfig, log: ClickLog, kind: str, compression: float
+) -> dict[str, tc.ParameterConstraints]:
     """How each table is kept: the whole difference between the kinds.
 
     Args:
+        config: options of the run.
         log: the data set.
         kind: of :data:`examples.dlrm.config.KINDS`.
-        compression: of hash and cafe.
+        compression: of the compressed kinds.
     """
-    if kind == "full":
-        # Table-wise keeps every table's optimizer fused, as the compressed ones' is.
-        stock = tc.ParameterConstraints(sharding_types=["table_wise"])
-        return {f"t_{feature.name}": stock for feature in log.features}
-    kinds = {
-        "hash": tc.Hash(compression=compression),
-        "hash_whole": tc.Hash(compression=compression, whole_fraction=0.25),
-        "cafe": tc.Cafe(compression=compression),
+    cafe = config.cafe_arguments()
+    multi_level: dict[str, Any] = {"medium_fraction": 0.3} | cafe
+    kinds: dict[str, Callable[[], Any]] = {
+        "full": lambda: None,
+        "hash": lambda: tc.Hash(compression=compression),
+        "hash_whole": lambda: tc.Hash(compression=compression, whole_fraction=0.25),
+        "quotient_remainder": lambda: tc.QuotientRemainder(compression=compression),
+        "cafe": lambda: tc.Cafe(compression=compression, **cafe),
+        "cafe_multi_level": lambda: tc.Cafe(compression=compression, **multi_level),
     }
-    table = kinds[kind]
-    return {f"t_{feature.name}": tc.ParameterConstraints(table=table) for feature in log.features}
+    table = kinds[kind]()
+    # Table-wise keeps every stock table's optimizer fused, as the compressed ones' is.
+    stock = ["table_wise"] if table is None else None
+    return {
+        f"t_{feature.name}": tc.ParameterConstraints(table=table, sharding_types=stock)
+        for feature in log.features
+    }
+
+
+def table_shapes(config: TrainConfig, log: ClickLog) -> list[TableShape]:
+    """The uncompressed tables, for dividing a budget.
+
+    Args:
+        config: options of the run.
+        log: the data set.
+    """
+    return [
+        TableShape(
+            name=f"t_{feature.name}",
+            num_embeddings=feature.num_embeddings,
+            embedding_dim=config.embedding_dim,
+        )
+        for feature in log.features
+    ]
 
 
 def check_budgets(config: TrainConfig, log: ClickLog) -> None:
@@ -60,17 +87,10 @@ def check_budgets(config: TrainConfig, log: ClickLog) -> None:
     Raises:
         ValueError: naming the largest compression that works.
     """
-    shapes = [
-        TableShape(
-            name=f"t_{feature.name}",
-            num_embeddings=feature.num_embeddings,
-            embedding_dim=config.embedding_dim,
-        )
-        for feature in log.features
-    ]
+    shapes = table_shapes(config, log)
     for kind in config.kinds:
         for compression in config.compression:
-            (table,) = {c.table for c in constraints(log, kind, compression).values()}
+            (table,) = {c.table for c in constraints(config, log, kind, compression).values()}
             if table is not None:
                 table.allocate(shapes)
 
@@ -97,7 +117,7 @@ def build_dlrm(config: TrainConfig, log: ClickLog) -> DLRMTrain:
         ),
         "dense_in_features": log.num_dense,
         "dense_arch_layer_sizes": [64, config.embedding_dim],
-        "over_arch_layer_sizes": [256, 128, 1],
+        "over_arch_layer_sizes": [*config.over_arch, 1],
     }
     if config.arch == "dcn":
         return DLRMTrain(DLRM_DCN(**arguments, dcn_num_layers=2, dcn_low_rank_dim=32))
@@ -105,15 +125,17 @@ def build_dlrm(config: TrainConfig, log: ClickLog) -> DLRMTrain:
 
 
 def shard(
-    config: TrainConfig, log: ClickLog, kind: str, compression: float, device: torch.device
+    config: TrainConfig,
+    log: ClickLog,
+    tables: Mapping[str, tc.ParameterConstraints],
+    device: torch.device,
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """Plan, shard, and give the dense layers their optimizer.
 
     Args:
         config: options of the run.
         log: the data set.
-        kind: of :data:`examples.dlrm.config.KINDS`.
-        compression: of hash and cafe.
+        tables: how each table is kept, see :func:`constraints`.
         device: CPU or this rank's GPU.
     """
     model: nn.Module = build_dlrm(config, log)
@@ -121,7 +143,7 @@ def shard(
         topology=Topology(
             world_size=dist.get_world_size(), compute_device=device.type, ddr_cap=64 * 2**30
         ),
-        constraints=constraints(log, kind, compression),
+        constraints=dict(tables),
         batch_size=config.batch_size,
         storage_reservation=FixedPercentageStorageReservation(0.1),
         stats=NoopEmbeddingStats(),

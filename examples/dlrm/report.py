@@ -53,8 +53,9 @@ def _spread(results: Sequence[Result], metric: str) -> float | None:
 
 def _won_back(name: str, groups: dict[str, list[Result]], kind: str = "hash") -> float | None:
     """Share of a hashed kind's AUC loss that Cafe wins back at the same compression."""
-    baseline = name.replace("cafe", kind, 1)
-    if not name.startswith("cafe") or baseline not in groups or "full" not in groups:
+    own, at, compression = name.partition("@")
+    baseline = f"{kind}{at}{compression}"
+    if not own.startswith("cafe") or baseline not in groups or "full" not in groups:
         return None
     full, hashed = _mean(groups["full"], "auc"), _mean(groups[baseline], "auc")
     return (_mean(groups[name], "auc") - hashed) / (full - hashed) if full > hashed else None

@@ -22,6 +22,7 @@ from examples.dlrm import report
 from examples.dlrm.config import TrainConfig, parse_args
 from examples.dlrm.data import ClickLog, load_click_log
 from examples.dlrm.loop import Result, run
+from examples.dlrm.memory import keep_freed_pages
 from examples.dlrm.model import check_budgets
 
 #: exit status after an error that is the caller's to mend
@@ -57,6 +58,7 @@ def _start() -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    keep_freed_pages()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     on_cuda = torch.cuda.is_available()

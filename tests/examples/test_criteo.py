@@ -129,7 +129,7 @@ def test_criteo_unusable_files(tmp_path):
     cache = tmp_path / "cache"
     with pytest.raises(FileNotFoundError, match="nowhere.*does not exist"):
         prepare_criteo(tmp_path / "nowhere", cache)
-    with pytest.raises(ValueError, match="`source` must be 'promotions' or .*nowhere"):
+    with pytest.raises(ValueError, match="`source` must be 'promotions', .*nowhere"):
         load_criteo(tmp_path / "nowhere", cache)
     folder = tmp_path / "folder"
     folder.mkdir()

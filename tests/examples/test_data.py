@@ -301,7 +301,7 @@ def test_promotions_are_prepared_once(tmp_path, monkeypatch):
 
 
 def test_load_click_log_says_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match="`source` must be 'promotions' or .* got 'promotion'"):
+    with pytest.raises(ValueError, match="`source` must be 'promotions', .* got 'promotion'"):
         load_click_log("promotion", cache_dir=tmp_path)
     with pytest.raises(ValueError, match="`source` must be .* got ''"):
         load_click_log("", cache_dir=tmp_path)

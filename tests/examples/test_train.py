@@ -9,11 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from examples.dlrm.config import TrainConfig, parse_args
+import torchrec_cafe as tc
+from examples.dlrm.config import KINDS, TrainConfig, parse_args
+from examples.dlrm.data import ClickLog, FeatureSpec, Split
 from examples.dlrm.loop import Result
+from examples.dlrm.model import constraints
 from examples.dlrm.report import table
 
 ROOT = Path(__file__).parent.parent.parent
@@ -145,12 +149,33 @@ def test_flags_are_the_fields_of_the_config():
     assert config.seed == (1,)
 
 
+def test_arguments_of_cafe_reach_the_tables():
+    config = parse_args(["--cafe", "half_life=200,threshold=none,rebalance_interval=4"])
+    arguments = {"half_life": 200.0, "threshold": None, "rebalance_interval": 4}
+    assert config.cafe_arguments() == arguments
+    nothing = np.zeros((0, 1))
+    log = ClickLog(
+        name="log",
+        description="empty",
+        features=(FeatureSpec("user", 1000),),
+        num_dense=1,
+        train=Split(nothing, nothing, nothing),
+        test=Split(nothing, nothing, nothing),
+    )
+    kept = {kind: constraints(config, log, kind, 10)["t_user"].table for kind in KINDS}
+    assert kept["full"] is None
+    assert kept["cafe"] == tc.Cafe(compression=10, **arguments)
+    assert kept["hash_whole"] == tc.Hash(compression=10, whole_fraction=0.25)
+    assert len(set(kept.values())) == len(KINDS)
+    assert config.over_arch == (256, 128)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
             ["--kinds", "full,magic"],
-            "--kinds must be of full, hash, hash_whole, cafe, got full, magic",
+            "--kinds must be of full, hash, .*, cafe, cafe_multi_level, got full, magic",
         ),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--optimizer", "lamb"], "--optimizer must be of rowwise_adagrad, adagrad, sgd"),
@@ -161,6 +186,12 @@ def test_flags_are_the_fields_of_the_config():
         (["--compression", "10,0.5"], "--compression must be finite and at least 1, got 0.5"),
         (["--sample", "many"], "argument --sample: invalid int value: 'many'"),
         (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+        (["--over_arch", "64,0"], r"--over_arch needs layers of at least 1, got \(64, 0\)"),
+        (["--cafe", "hot_fraction"], "--cafe must be NAME=VALUE,... with names of hot_fraction"),
+        (["--cafe", "compression=9"], "--cafe must be NAME=VALUE,.* got 'compression=9'"),
+        (["--cafe", "half_life=long"], "--cafe: half_life must be float, got 'long'"),
+        (["--cafe", "rebalance_interval=1.5"], "--cafe: rebalance_interval must be int, got '1.5'"),
+        (["--cafe", "half_life=-1"], "--cafe: half_life must be > 0, got -1.0"),
     ],
 )
 def test_options_out_of_range(arguments: list[str], message: str):

@@ -1,10 +1,12 @@
-"""Click logs to train on: the default promotions, and Criteo's published formats."""
+"""Click logs to train on: the default promotions, a generator, and Criteo's published formats."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from .click_log import BatchLoader, ClickLog, FeatureSpec, Split
 from .criteo import prepare_criteo
+from .generator import NAMES as GENERATED
+from .generator import prepare_generated
 from .promotions import prepare_promotions
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "default_cache_dir",
     "load_click_log",
     "prepare_criteo",
+    "prepare_generated",
     "prepare_promotions",
     "sample_click_log",
 ]
@@ -36,11 +39,11 @@ def load_click_log(
     """Loads a click log, preparing it the first time.
 
     Args:
-        source: ``"promotions"``, or a path: Criteo's ``train.txt``, one ``day_*`` file, or a folder
-            with either.
+        source: ``"promotions"``, ``"generator"``, ``"generator_drift"``, or a path: Criteo's
+            ``train.txt``, one ``day_*`` file, or a folder with either.
         cache_dir: where prepared data is kept; :func:`default_cache_dir` by default.
         sample: about how many rows to keep in all, see :func:`sample_click_log`; all by default.
-        num_embeddings_per_feature: see :func:`prepare_criteo`; not for the promotions.
+        num_embeddings_per_feature: see :func:`prepare_criteo`; for a path only.
         progress: whether to show a progress bar while preparing.
 
     Returns:
@@ -57,13 +60,16 @@ def load_click_log(
             "pass how many rows to keep, or None for all"
         )
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir
-    if source == "promotions":
+    if source == "promotions" or source in GENERATED:
         if num_embeddings_per_feature is not None:
             raise ValueError(
-                "load_click_log: `num_embeddings_per_feature` must be None for 'promotions', "
+                f"load_click_log: `num_embeddings_per_feature` must be None for {source!r}, "
                 f"whose ids are not hashed, got {num_embeddings_per_feature}; leave it out"
             )
-        log = prepare_promotions(cache_dir, progress=progress)
+        if source == "promotions":
+            log = prepare_promotions(cache_dir, progress=progress)
+        else:
+            log = prepare_generated(cache_dir, source, progress=progress)
     elif source and Path(source).exists():
         log = prepare_criteo(
             Path(source),
@@ -73,8 +79,9 @@ def load_click_log(
         )
     else:
         raise ValueError(
-            "load_click_log: `source` must be 'promotions' or the path of Criteo's train.txt or of "
-            f"the folder of day_0 .. day_23, got {source!r}, which does not exist; check the path"
+            "load_click_log: `source` must be 'promotions', 'generator', 'generator_drift' or the "
+            "path of Criteo's train.txt or of the folder of day_0 .. day_23, got "
+            f"{source!r}, which does not exist; check the path"
         )
     return log if sample is None else sample_click_log(log, sample)
 
