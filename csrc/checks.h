@@ -97,12 +97,12 @@ inline void check_observe(const Tensor& keys, const Tensor& shards, const Tensor
   STD_TORCH_CHECK(buckets.size(0) == 0 || buckets.size(1) > 0, "buckets must not be empty");
 }
 
-inline void check_learn(const Tensor& grad, const Tensor& bags, const Tensor& keys,
+inline void check_learn(const Tensor& grad, const Tensor& offsets, const Tensor& keys,
                         const Tensor& shards, const Tensor& weights, const Tensor& features,
                         const Tensor& norms, const Tensor& buckets, const Tensor& inflation,
                         const Tensor& counters) {
   check_tensor(grad, "grad", ScalarType::Float, 2);
-  check_tensor(bags, "bags", ScalarType::Int, 1);
+  check_tensor(offsets, "offsets", ScalarType::Long, 1);
   check_tensor(keys, "keys", ScalarType::Long, 1);
   check_tensor(shards, "shards", ScalarType::Int, 1);
   check_tensor(weights, "weights", ScalarType::Float, 1);
@@ -110,16 +110,17 @@ inline void check_learn(const Tensor& grad, const Tensor& bags, const Tensor& ke
   check_tensor(norms, "norms", ScalarType::Double, 3);
   check_count(keys.numel(), "keys");
   check_count(grad.size(0), "grad");
-  STD_TORCH_CHECK(shards.numel() == keys.numel() && bags.numel() == keys.numel() &&
-                      (weights.numel() == keys.numel() || weights.numel() == 0),
-                  "keys, shards, bags and weights must have the same length");
+  STD_TORCH_CHECK(
+      shards.numel() == keys.numel() && (weights.numel() == keys.numel() || weights.numel() == 0),
+      "keys, shards and weights must have the same length");
+  STD_TORCH_CHECK(offsets.numel() == grad.size(0) + 1, "offsets must have a number for each bag");
   STD_TORCH_CHECK(features.numel() > 0 && grad.size(0) % features.numel() == 0,
                   "grad must be [samples * features, dim]");
   STD_TORCH_CHECK(grad.size(1) % 4 == 0, "grad must have a multiple of 4 columns");
   check_statistics(buckets, inflation, counters);
   STD_TORCH_CHECK(norms.size(0) == buckets.size(0) && norms.size(2) == 2,
                   "norms must be [shards, tables, 2]");
-  check_device(grad, bags, keys, shards, weights, features, norms, buckets);
+  check_device(grad, offsets, keys, shards, weights, features, norms, buckets);
   STD_TORCH_CHECK(buckets.size(0) == 0 || buckets.size(1) > 0, "buckets must not be empty");
 }
 

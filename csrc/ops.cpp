@@ -8,14 +8,13 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       " -> Tensor");
   m.def(
       "remap(Tensor ids, Tensor offsets, Tensor tables, Tensor buckets, int first_shard,"
-      " int num_shards, int rows_per_shard, int hot_offset)"
-      " -> (Tensor rows, Tensor out_offsets, Tensor source, Tensor bags, Tensor keys,"
-      " Tensor shards)");
+      " int num_shards, int rows_per_shard, int hot_offset, bool with_source)"
+      " -> (Tensor rows, Tensor out_offsets, Tensor source, Tensor keys, Tensor shards)");
   m.def(
       "observe(Tensor keys, Tensor shards, Tensor importance, Tensor(a!) buckets,"
       " Tensor(b!) inflation, Tensor(c!) counters, float growth) -> ()");
   m.def(
-      "learn(Tensor grad, Tensor bags, Tensor keys, Tensor shards, Tensor weights,"
+      "learn(Tensor grad, Tensor offsets, Tensor keys, Tensor shards, Tensor weights,"
       " Tensor features, Tensor(a!) norms, Tensor(b!) buckets, Tensor(c!) inflation,"
       " Tensor(d!) counters, float decay, float growth) -> ()");
   m.def(

@@ -26,40 +26,40 @@ void inflate_shards(const HotSketch& sketch, double* inflation, double growth) {
 
 }  // namespace
 
-void check_shards(const Tensor& shards, int64_t num_shards) {
+void check_shards(const Tensor& shards, int64_t begin, int64_t end, int64_t num_shards) {
   const int32_t* values = shards.const_data_ptr<int32_t>();
-  if (kernels().shards_fit(values, shards.numel(), num_shards)) return;
-  for (int64_t i = 0; i < shards.numel(); ++i) {  // says which
+  if (kernels().shards_fit(values + begin, end - begin, num_shards)) return;
+  for (int64_t i = begin; i < end; ++i) {  // says which
     STD_TORCH_CHECK(values[i] >= -1 && values[i] < num_shards, "`shards` must be in [-1, ",
                     num_shards, "), got ", values[i]);
   }
 }
 
 void observe_checked(const Tensor& keys, const Tensor& shards, const float* importance,
-                     const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
-                     double growth) {
+                     const std::vector<Range>& ranges, const Tensor& buckets,
+                     const Tensor& inflation, const Tensor& counters, double growth) {
   const HotSketch sketch = hot_sketch(buckets);
-  const int64_t size = keys.numel();
-  double* inflated = inflation.mutable_data_ptr<double>();
-  Occurrences seen{keys.const_data_ptr<int64_t>(),
-                   shards.const_data_ptr<int32_t>(),
-                   importance,
-                   inflated,
-                   true,
-                   size};
   if (sketch.num_shards == 0) return;
+  double* inflated = inflation.mutable_data_ptr<double>();
   inflate_shards(sketch, inflated, growth);
-  seen.same_inflation = std::all_of(inflated, inflated + sketch.num_shards,
-                                    [&](double inflation) { return inflation == *inflated; });
-
+  const bool same_inflation = std::all_of(inflated, inflated + sketch.num_shards,
+                                          [&](double inflation) { return inflation == *inflated; });
+  std::vector<Occurrences> parts;
+  int64_t size = 0;
+  for (const Range& range : ranges) {
+    size += range.end - range.begin;
+    parts.push_back({keys.const_data_ptr<int64_t>() + range.begin,
+                     shards.const_data_ptr<int32_t>() + range.begin, importance + range.begin,
+                     inflated, same_inflation, range.end - range.begin});
+  }
   const int64_t most =
       std::min<int64_t>({torch::stable::get_num_threads(), sketch.num_shards, kShardGroups});
   const int64_t num_threads = std::clamp<int64_t>(size / kOccurrencesPerThread, 1, most);
   std::vector<Events> events(num_threads * sketch.num_shards);
   if (num_threads == 1) {
-    kernels().observe(sketch, seen, events.data());
+    for (const Occurrences& seen : parts) kernels().observe(sketch, seen, events.data());
   } else {
-    observe_in_parallel(kernels(), sketch, seen, num_threads, events.data(),
+    observe_in_parallel(kernels(), sketch, parts, num_threads, events.data(),
                         [](int64_t tasks, const auto& run) {
                           torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
                             for (int64_t task = begin; task < end; ++task) run(task);
@@ -84,9 +84,9 @@ void observe_cpu(const Tensor& keys, const Tensor& shards, const Tensor& importa
                  const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
                  double growth) {
   check_observe(keys, shards, importance, buckets, inflation, counters);
-  check_shards(shards, buckets.size(0));
-  observe_checked(keys, shards, importance.const_data_ptr<float>(), buckets, inflation, counters,
-                  growth);
+  check_shards(shards, 0, shards.numel(), buckets.size(0));
+  observe_checked(keys, shards, importance.const_data_ptr<float>(), {{0, keys.numel()}}, buckets,
+                  inflation, counters, growth);
 }
 
 std::tuple<Tensor, Tensor> rebalance_cpu(const Tensor& selected, const Tensor& buckets,

@@ -7,32 +7,34 @@
 namespace torchrec_cafe {
 namespace {
 
-void bag_norms(const float* grad, int64_t dim, int64_t num_features, int64_t num_samples,
-               float* norms, NormSum* sums) {
-  for (int64_t b = 0; b < num_samples; ++b) {
-    for (int64_t f = 0; f < num_features; ++f, grad += dim, ++norms) *norms = l2_norm(grad, dim);
-    for (int64_t f = 0; f < num_features; ++f) sums[f].add(norms[f - num_features]);
+void bag_norms(const float* grad, int64_t dim, const int64_t* columns, int64_t num_columns,
+               int64_t num_features, int64_t num_samples, float* norms, NormSum* sums) {
+  for (int64_t b = 0; b < num_samples; ++b, grad += num_features * dim, norms += num_features) {
+    for (int64_t c = 0; c < num_columns; ++c) {
+      norms[columns[c]] = l2_norm(grad + columns[c] * dim, dim);
+    }
+    for (int64_t c = 0; c < num_columns; ++c) sums[columns[c]].add(norms[columns[c]]);
   }
 }
 
-void scale_norms(const float* scales, int64_t num_features, int64_t num_samples, float* norms) {
-  for (int64_t b = 0; b < num_samples; ++b, norms += num_features) {
-    for (int64_t f = 0; f < num_features; ++f) norms[f] *= scales[f];
+void weigh(const float* norms, int64_t stride, float scale, const int64_t* offsets,
+           int64_t num_samples, const float* __restrict__ weights, float* __restrict__ importance) {
+  const int64_t begin = offsets[0];
+  const int64_t end = offsets[num_samples];
+  bool one_hot = end - begin == num_samples;
+  for (int64_t b = 0; one_hot && b < num_samples; ++b) one_hot = offsets[b] == begin + b;
+  if (one_hot) {
+    for (int64_t b = 0; b < num_samples; ++b) importance[begin + b] = norms[b * stride] * scale;
+  } else {
+    for (int64_t b = 0; b < num_samples; ++b) {
+      const float norm = norms[b * stride] * scale;
+      for (int64_t i = offsets[b]; i < offsets[b + 1]; ++i) importance[i] = norm;
+    }
   }
-}
-
-void weigh(const float* __restrict__ norms, const int32_t* __restrict__ bags,
-           const float* __restrict__ weights, int64_t size, float* __restrict__ importance) {
-  for (int64_t i = 0; i < size; ++i) importance[i] = norms[bags[i]];
   if (weights == nullptr) return;
-  for (int64_t i = 0; i < size; ++i) importance[i] *= weights[i] < 0.0f ? -weights[i] : weights[i];
-}
-
-bool bags_fit(const int32_t* bags, int64_t size, int64_t num_bags) {
-  int32_t wrong = 0;
-  const auto most = static_cast<int32_t>(num_bags);
-  for (int64_t i = 0; i < size; ++i) wrong |= (bags[i] < 0) | (bags[i] >= most);
-  return wrong == 0;
+  for (int64_t i = begin; i < end; ++i) {
+    importance[i] *= weights[i] < 0.0f ? -weights[i] : weights[i];
+  }
 }
 
 }  // namespace

@@ -13,8 +13,8 @@
 namespace torchrec_cafe {
 
 extern const Kernels CAFE_KERNELS;
-const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,         shards_fit,  observe,  observe_owned,
-                           bag_norms,       scale_norms, weigh,       bags_fit, renormalise,
-                           offsets_ascend,  remap,       find_medium, rebalance};
+const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,       shards_fit,  observe,
+                           observe_owned,   bag_norms, weigh,       renormalise,
+                           offsets_ascend,  remap,     find_medium, rebalance};
 
 }  // namespace torchrec_cafe

@@ -37,9 +37,8 @@ struct RemapInput {
 struct RemapOutput {
   int64_t* rows;
   int64_t* offsets;
-  int32_t* source;
-  int32_t* bags;
-  int64_t* keys;
+  int32_t* source;  // or null
+  int64_t* keys;    // of the ids as they come; null without hot rows
   int32_t* shards;
 };
 
@@ -59,20 +58,15 @@ struct Kernels {
   void (*observe_owned)(const HotSketch& sketch, const Occurrences& seen, uint64_t groups,
                         Events* events);
 
-  // Norms of the bags of some samples, [num_samples, num_features], which are added to `sums`,
-  // [num_features].
-  void (*bag_norms)(const float* grad, int64_t dim, int64_t num_features, int64_t num_samples,
-                    float* norms, NormSum* sums);
+  // Norms of the bags of some samples, [num_samples, num_features], in the columns given; they are
+  // added to `sums`, [num_features].
+  void (*bag_norms)(const float* grad, int64_t dim, const int64_t* columns, int64_t num_columns,
+                    int64_t num_features, int64_t num_samples, float* norms, NormSum* sums);
 
-  // Multiplies norms [num_samples, num_features] by each feature's scale.
-  void (*scale_norms)(const float* scales, int64_t num_features, int64_t num_samples, float* norms);
-
-  // Importance of occurrences: the norm of the bag, times the magnitude of the weight if there are.
-  void (*weigh)(const float* norms, const int32_t* bags, const float* weights, int64_t size,
-                float* importance);
-
-  // Whether all bags are in [0, num_bags).
-  bool (*bags_fit)(const int32_t* bags, int64_t size, int64_t num_bags);
+  // Importance of the occurrences of some bags of a feature: the norm of the bag, times the scale,
+  // times the magnitude of the weight if there are weights. `norms` of the bags are `stride` apart.
+  void (*weigh)(const float* norms, int64_t stride, float scale, const int64_t* offsets,
+                int64_t num_samples, const float* weights, float* importance);
 
   // Multiplies the scores of a shard by kRenormalise.
   void (*renormalise)(Bucket* buckets, int64_t num_buckets);
@@ -84,9 +78,10 @@ struct Kernels {
   void (*remap)(const RowMap& map, const HotSketch& sketch, const RemapInput& in,
                 const RemapOutput& out, int64_t begin, int64_t end);
 
-  // Marks the keys that are medium, and returns how many are. Shards below 0 are not tracked.
-  int64_t (*find_medium)(const HotSketch& sketch, const int64_t* keys, const int32_t* shards,
-                         int64_t size, uint8_t* medium);
+  // Marks the occurrences of medium keys, and returns how many are. `source` says where the key of
+  // each lies; shards below 0 are not tracked.
+  int64_t (*find_medium)(const HotSketch& sketch, const int32_t* source, const int64_t* keys,
+                         const int32_t* shards, int64_t size, uint8_t* medium);
 
   // Gives a shard's hot rows to its highest scores and makes the next `num_medium` medium; see
   // torchrec_cafe.ops.rebalance. `promoted` and `demoted` are added to.

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "checks.h"
@@ -44,61 +45,83 @@ std::vector<float> update_means(const std::vector<NormSum>& blocks, const int64_
   return scales;
 }
 
-void check_values(const Tensor& bags, const Tensor& shards, const Tensor& features,
-                  int64_t num_bags, int64_t num_shards, int64_t num_tables) {
-  STD_TORCH_CHECK(kernels().bags_fit(bags.const_data_ptr<int32_t>(), bags.numel(), num_bags),
-                  "`bags` must be in [0, ", num_bags, ")");
+// Occurrences that are tracked: those of neighbouring features in one range.
+std::vector<Range> tracked_ranges(const std::vector<int64_t>& tracked, const int64_t* offsets,
+                                  int64_t num_samples) {
+  std::vector<Range> ranges;
+  for (const int64_t f : tracked) {
+    const Range range{offsets[f * num_samples], offsets[(f + 1) * num_samples]};
+    if (!ranges.empty() && ranges.back().end == range.begin) {
+      ranges.back().end = range.end;
+    } else {
+      ranges.push_back(range);
+    }
+  }
+  return ranges;
+}
+
+void check_values(const Tensor& offsets, const Tensor& keys, const Tensor& features,
+                  int64_t num_tables) {
+  const int64_t* offset = offsets.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(kernels().offsets_ascend(offset, offsets.numel()) && offset[0] == 0 &&
+                      offset[offsets.numel() - 1] == keys.numel(),
+                  "`offsets` must ascend from 0 to the number of ids, ", keys.numel());
   const int64_t* table = features.const_data_ptr<int64_t>();
   for (int64_t f = 0; f < features.numel(); ++f) {
     STD_TORCH_CHECK(table[f] >= -1 && table[f] < num_tables, "`features` must be in [-1, ",
                     num_tables, "), got ", table[f]);
   }
-  check_shards(shards, num_shards);
 }
 
-void learn_cpu(const Tensor& grad, const Tensor& bags, const Tensor& keys, const Tensor& shards,
+void learn_cpu(const Tensor& grad, const Tensor& offsets, const Tensor& keys, const Tensor& shards,
                const Tensor& weights, const Tensor& features, const Tensor& norms,
                const Tensor& buckets, const Tensor& inflation, const Tensor& counters, double decay,
                double growth) {
-  check_learn(grad, bags, keys, shards, weights, features, norms, buckets, inflation, counters);
+  check_learn(grad, offsets, keys, shards, weights, features, norms, buckets, inflation, counters);
   const int64_t num_features = features.numel();
-  const int64_t num_bags = grad.size(0);
-  const int64_t num_samples = num_bags / num_features;
+  const int64_t num_samples = grad.size(0) / num_features;
   const int64_t dim = grad.size(1);
   const int64_t num_shards = norms.size(0);
-  check_values(bags, shards, features, num_bags, num_shards, norms.size(1));
+  const int64_t* table = features.const_data_ptr<int64_t>();
+  const int64_t* offset = offsets.const_data_ptr<int64_t>();
+  check_values(offsets, keys, features, norms.size(1));
+  std::vector<int64_t> tracked;
+  for (int64_t f = 0; f < num_features; ++f) {
+    if (table[f] >= 0) tracked.push_back(f);
+  }
+  const std::vector<Range> ranges = tracked_ranges(tracked, offset, num_samples);
+  for (const Range& range : ranges) check_shards(shards, range.begin, range.end, num_shards);
   if (num_shards == 0) return;
 
+  const auto num_tracked = static_cast<int64_t>(tracked.size());
   const int64_t num_blocks = (num_samples + kNormBlock - 1) / kNormBlock;
   std::vector<NormSum> sums(num_blocks * num_features);
-  std::vector<float> norm(num_bags);
+  const std::unique_ptr<float[]> norm(new float[grad.size(0)]);  // written where it is read
   const float* gradient = grad.const_data_ptr<float>();
   torch::stable::parallel_for(
-      0, num_blocks, per_thread(kNormBlock * num_features * dim), [&](int64_t begin, int64_t end) {
+      0, num_blocks, per_thread(kNormBlock * num_tracked * dim), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
-          const int64_t first = block * kNormBlock;
-          const int64_t size = std::min(kNormBlock, num_samples - first);
-          kernels().bag_norms(gradient + first * num_features * dim, dim, num_features, size,
-                              norm.data() + first * num_features,
-                              sums.data() + block * num_features);
+          const int64_t bag = block * kNormBlock * num_features;
+          kernels().bag_norms(gradient + bag * dim, dim, tracked.data(), num_tracked, num_features,
+                              std::min(kNormBlock, num_samples - block * kNormBlock),
+                              norm.get() + bag, sums.data() + block * num_features);
         }
       });
   const std::vector<float> scales =
-      update_means(sums, features.const_data_ptr<int64_t>(), num_features,
-                   static_cast<NormSum*>(norms.data_ptr()), num_shards, norms.size(1), decay);
-  torch::stable::parallel_for(0, num_samples, per_thread(num_features),
-                              [&](int64_t begin, int64_t end) {
-                                kernels().scale_norms(scales.data(), num_features, end - begin,
-                                                      norm.data() + begin * num_features);
-                              });
-  std::vector<float> importance(bags.numel());
+      update_means(sums, table, num_features, static_cast<NormSum*>(norms.data_ptr()), num_shards,
+                   norms.size(1), decay);
+  const std::unique_ptr<float[]> importance(new float[keys.numel()]);
   const float* weight = weights.numel() > 0 ? weights.const_data_ptr<float>() : nullptr;
-  torch::stable::parallel_for(0, bags.numel(), kNumbersPerThread, [&](int64_t begin, int64_t end) {
-    kernels().weigh(norm.data(), bags.const_data_ptr<int32_t>() + begin,
-                    weight == nullptr ? nullptr : weight + begin, end - begin,
-                    importance.data() + begin);
-  });
-  observe_checked(keys, shards, importance.data(), buckets, inflation, counters, growth);
+  const int64_t per_feature = keys.numel() / num_features;
+  torch::stable::parallel_for(
+      0, num_tracked, per_thread(per_feature), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t f = tracked[t];
+          kernels().weigh(norm.get() + f, num_features, scales[f], offset + f * num_samples,
+                          num_samples, weight, importance.get());
+        }
+      });
+  observe_checked(keys, shards, importance.get(), ranges, buckets, inflation, counters, growth);
 }
 
 }  // namespace

@@ -14,11 +14,14 @@ namespace torchrec_cafe {
 
 // Divides the shards, by groups, so that every thread has about as much to do, judged by a sample.
 // The division is free to be any: results do not depend on it. Returns the groups of each thread.
-inline std::vector<uint64_t> divide_shards(const Occurrences& seen, int64_t num_threads) {
+inline std::vector<uint64_t> divide_shards(const std::vector<Occurrences>& parts,
+                                           int64_t num_threads) {
   constexpr int64_t kStride = 17;
   std::array<int64_t, kShardGroups> work{};
-  for (int64_t i = 0; i < seen.size; i += kStride) {
-    if (seen.shards[i] >= 0) ++work[seen.shards[i] % kShardGroups];
+  for (const Occurrences& seen : parts) {
+    for (int64_t i = 0; i < seen.size; i += kStride) {
+      if (seen.shards[i] >= 0) ++work[seen.shards[i] % kShardGroups];
+    }
   }
   std::array<int, kShardGroups> by_work;
   std::iota(by_work.begin(), by_work.end(), 0);
@@ -33,17 +36,20 @@ inline std::vector<uint64_t> divide_shards(const Occurrences& seen, int64_t num_
   return groups;
 }
 
-// Every shard belongs to one thread, which works through its occurrences in batch order: the result
-// is that of a single thread, bit for bit.
+// Every shard belongs to one thread, which works through its occurrences part by part, in order:
+// the result is that of a single thread, bit for bit.
 //
 // `parallel_for(tasks, run)` calls run(task) for each task in [0, tasks), on any threads, and
 // returns when all are done. `events` holds num_threads * num_shards zeros.
 template <typename ParallelFor>
-void observe_in_parallel(const Kernels& kernels, const HotSketch& sketch, const Occurrences& seen,
-                         int64_t num_threads, Events* events, const ParallelFor& parallel_for) {
-  const std::vector<uint64_t> groups = divide_shards(seen, num_threads);
+void observe_in_parallel(const Kernels& kernels, const HotSketch& sketch,
+                         const std::vector<Occurrences>& parts, int64_t num_threads, Events* events,
+                         const ParallelFor& parallel_for) {
+  const std::vector<uint64_t> groups = divide_shards(parts, num_threads);
   parallel_for(num_threads, [&](int64_t t) {
-    kernels.observe_owned(sketch, seen, groups[t], events + t * sketch.num_shards);
+    for (const Occurrences& seen : parts) {
+      kernels.observe_owned(sketch, seen, groups[t], events + t * sketch.num_shards);
+    }
   });
 }
 

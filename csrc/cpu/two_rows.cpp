@@ -49,7 +49,11 @@ Rows add_second_rows_cpu(const Tensor& rows, const Tensor& offsets, const Tensor
   const int64_t num_bags = offsets.numel() - 1;
   const int64_t* starts = offsets.const_data_ptr<int64_t>();
   check_offsets(starts, num_bags + 1, num_ids);
-  check_shards(shards, buckets.size(0));
+  check_shards(shards, 0, num_ids, buckets.size(0));
+  const int32_t* from = source.const_data_ptr<int32_t>();
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < num_ids; ++i) wrong |= (from[i] < 0) | (from[i] >= num_ids);
+  STD_TORCH_CHECK(wrong == 0, "`source` must be in [0, ", num_ids, ")");
   const HotSketch sketch = hot_sketch(buckets);
   if (sketch.num_shards == 0 || sketch.num_buckets == 0) return {rows, offsets, source};
   const PoolRows pool{hot_offset, rows_per_shard, hot_rows_per_shard};
@@ -61,11 +65,10 @@ Rows add_second_rows_cpu(const Tensor& rows, const Tensor& offsets, const Tensor
   std::vector<int64_t> first(num_blocks + 1, 0);  // where each block's rows begin
   torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t from = starts[block * kBags];
-      const int64_t to = starts[std::min(num_bags, (block + 1) * kBags)];
-      const int64_t second =
-          kernels().find_medium(sketch, key + from, shard + from, to - from, medium.data() + from);
-      first[block + 1] = to - from + second;
+      const int64_t begin_id = starts[block * kBags];
+      const int64_t size = starts[std::min(num_bags, (block + 1) * kBags)] - begin_id;
+      first[block + 1] = size + kernels().find_medium(sketch, from + begin_id, key, shard, size,
+                                                      medium.data() + begin_id);
     }
   });
   std::partial_sum(first.begin(), first.end(), first.begin());
@@ -74,7 +77,6 @@ Rows add_second_rows_cpu(const Tensor& rows, const Tensor& offsets, const Tensor
   int64_t* out_offsets = out.offsets.mutable_data_ptr<int64_t>();
   int32_t* out_source = out.source.mutable_data_ptr<int32_t>();
   const int64_t* row = rows.const_data_ptr<int64_t>();
-  const int32_t* from = source.const_data_ptr<int32_t>();
   torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
     int64_t next = first[begin];
     for (int64_t bag = begin * kBags; bag < std::min(num_bags, end * kBags); ++bag) {
@@ -83,7 +85,7 @@ Rows add_second_rows_cpu(const Tensor& rows, const Tensor& offsets, const Tensor
         out_rows[next] = row[i];
         out_source[next++] = from[i];
         if (medium[i] == 0) continue;
-        out_rows[next] = pool.second(shard[i], key[i]);
+        out_rows[next] = pool.second(shard[from[i]], key[from[i]]);
         out_source[next++] = from[i];
       }
     }

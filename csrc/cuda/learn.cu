@@ -68,25 +68,30 @@ __global__ void update_means_kernel(const NormSum* __restrict__ blocks, int64_t 
   }
 }
 
-// A bag out of range has an importance that is not finite.
+// One thread for every bag of a tracked feature. Occurrences of no such bag are not tracked.
 __global__ void weigh_kernel(const float* __restrict__ norms, const float* __restrict__ scales,
-                             int64_t num_bags, int64_t num_features,
-                             const int32_t* __restrict__ bags, const float* __restrict__ weights,
-                             int64_t size, float* __restrict__ importance) {
-  for (int64_t i = first_index(); i < size; i += index_stride()) {
-    const int32_t bag = bags[i];
-    float value = float_from_bits(0x7fc00000u);
-    if (bag >= 0 && bag < num_bags) value = norms[bag] * scales[bag % num_features];
-    if (weights != nullptr) value *= fabsf(weights[i]);
-    importance[i] = value;
+                             const int64_t* __restrict__ features, int64_t num_features,
+                             int64_t num_tables, const int64_t* __restrict__ offsets,
+                             int64_t num_samples, const int32_t* __restrict__ shards,
+                             const float* __restrict__ weights, int64_t size,
+                             float* __restrict__ importance, int32_t* __restrict__ tracked) {
+  for (int64_t bag = first_index(); bag < num_features * num_samples; bag += index_stride()) {
+    const int64_t feature = bag / num_samples;
+    if (features[feature] < 0 || features[feature] >= num_tables) continue;
+    const float norm = norms[bag % num_samples * num_features + feature] * scales[feature];
+    const int64_t end = min(offsets[bag + 1], size);
+    for (int64_t i = max(offsets[bag], int64_t{0}); i < end; ++i) {
+      importance[i] = weights == nullptr ? norm : norm * fabsf(weights[i]);
+      tracked[i] = shards[i];
+    }
   }
 }
 
-void learn_cuda(const Tensor& grad, const Tensor& bags, const Tensor& keys, const Tensor& shards,
+void learn_cuda(const Tensor& grad, const Tensor& offsets, const Tensor& keys, const Tensor& shards,
                 const Tensor& weights, const Tensor& features, const Tensor& norms,
                 const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
                 double decay, double growth) {
-  check_learn(grad, bags, keys, shards, weights, features, norms, buckets, inflation, counters);
+  check_learn(grad, offsets, keys, shards, weights, features, norms, buckets, inflation, counters);
   if (norms.size(0) == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const cudaStream_t stream = current_stream(grad);
@@ -115,14 +120,17 @@ void learn_cuda(const Tensor& grad, const Tensor& bags, const Tensor& keys, cons
         norms.size(0), norms.size(1), decay, scale_out);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  if (keys.numel() > 0) {
-    weigh_kernel<<<grid_size(keys.numel()), kThreads, 0, stream>>>(
-        norm_out, scale_out, num_bags, num_features, bags.const_data_ptr<int32_t>(),
+  const Tensor tracked = torch::stable::new_empty(shards, {keys.numel()});
+  torch::stable::fill_(tracked, -1);
+  if (keys.numel() > 0 && num_bags > 0) {
+    weigh_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
+        norm_out, scale_out, features.const_data_ptr<int64_t>(), num_features, norms.size(1),
+        offsets.const_data_ptr<int64_t>(), num_samples, shards.const_data_ptr<int32_t>(),
         weights.numel() > 0 ? weights.const_data_ptr<float>() : nullptr, keys.numel(),
-        static_cast<float*>(importance.data_ptr()));
+        static_cast<float*>(importance.data_ptr()), static_cast<int32_t*>(tracked.data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  observe_checked_cuda(keys, shards, importance, buckets, inflation, counters, growth);
+  observe_checked_cuda(keys, tracked, importance, buckets, inflation, counters, growth);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 namespace torchrec_cafe {
 namespace {
 
-using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // lengths[1 + b * F + f] = length of bag (f, b); lengths[0] = 0. Lengths below 0, from offsets that
 // descend, count as 0.
@@ -24,9 +24,8 @@ __global__ void bag_lengths_kernel(const int64_t* __restrict__ offsets, int64_t 
 
 struct RemapOutput {
   int64_t* rows;
-  int32_t* source;
-  int32_t* bags;
-  int64_t* keys;
+  int32_t* source;  // or null
+  int64_t* keys;    // of the ids as they come; null without hot rows
   int32_t* shards;
 };
 
@@ -45,50 +44,54 @@ __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __rest
       if (from < 0 || from >= num_ids) continue;
       const int64_t mixed_id = table.first_id + ids[from];
       const int64_t shared_row = table.shared_row(mixed_id);
-      const int64_t key = table.index < 0 ? 0 : table.key(mixed_id);
-      const int32_t shard = table.index < 0 ? -1 : map.held_shard(table, shared_row, ratio);
       int32_t row = kCold;
-      if (shard >= 0) row = hot_row(sketch.buckets[sketch.bucket_index(shard, key)], key);
+      int32_t shard = -1;
+      if (table.index >= 0 && out.keys != nullptr) {
+        const int64_t key = table.key(mixed_id);
+        shard = map.held_shard(table, shared_row, ratio);
+        if (shard >= 0) row = hot_row(sketch.buckets[sketch.bucket_index(shard, key)], key);
+        out.keys[from] = key;
+      }
       out.rows[i] = row >= 0 ? map.physical_row(shard, row) : table.row_offset + shared_row;
-      out.source[i] = static_cast<int32_t>(from);
-      out.bags[i] = static_cast<int32_t>(bag);
-      out.keys[i] = key;
-      out.shards[i] = shard;
+      if (out.source != nullptr) out.source[i] = static_cast<int32_t>(from);
+      if (out.shards != nullptr) out.shards[from] = shard;
     }
   }
 }
 
 Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
                     const Tensor& buckets, int64_t first_shard, int64_t num_shards,
-                    int64_t rows_per_shard, int64_t hot_offset) {
+                    int64_t rows_per_shard, int64_t hot_offset, bool with_source) {
   check_remap(ids, offsets, tables, buckets, num_shards);
   const torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
   const RowMap map =
       row_map(tables, offsets, buckets, first_shard, num_shards, rows_per_shard, hot_offset);
   const int64_t num_bags = offsets.numel() - 1;
   const int64_t num_ids = ids.numel();
+  const int64_t num_tracked = num_shards > 0 ? num_ids : 0;
   // Zeros, so that whatever offsets cannot be mapped points nowhere out of bounds.
   Tensor rows = torch::stable::new_zeros(ids, {num_ids});
-  Tensor source = torch::stable::new_zeros(ids, {num_ids}, ScalarType::Int);
-  Tensor bags = torch::stable::new_zeros(ids, {num_ids}, ScalarType::Int);
-  Tensor keys = torch::stable::empty_like(ids);
-  Tensor shards = torch::stable::new_empty(ids, {num_ids}, ScalarType::Int);
+  Tensor source = torch::stable::new_zeros(ids, {with_source ? num_ids : 0}, ScalarType::Int);
+  Tensor keys = torch::stable::new_zeros(ids, {num_tracked});
+  Tensor shards = torch::stable::new_empty(ids, {num_tracked}, ScalarType::Int);
+  torch::stable::fill_(shards, -1);
   Tensor lengths = torch::stable::new_zeros(ids, {num_bags + 1});
-  if (num_bags == 0) return {rows, lengths, source, bags, keys, shards};
+  if (num_bags == 0) return {rows, lengths, source, keys, shards};
   const cudaStream_t stream = current_stream(ids);
   bag_lengths_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
       offsets.const_data_ptr<int64_t>(), map.num_features, map.batch_size,
       lengths.mutable_data_ptr<int64_t>());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   Tensor out_offsets = cumsum(lengths);
-  const RemapOutput out{rows.mutable_data_ptr<int64_t>(), source.mutable_data_ptr<int32_t>(),
-                        bags.mutable_data_ptr<int32_t>(), keys.mutable_data_ptr<int64_t>(),
-                        shards.mutable_data_ptr<int32_t>()};
+  const RemapOutput out{rows.mutable_data_ptr<int64_t>(),
+                        with_source ? source.mutable_data_ptr<int32_t>() : nullptr,
+                        num_tracked > 0 ? keys.mutable_data_ptr<int64_t>() : nullptr,
+                        num_tracked > 0 ? shards.mutable_data_ptr<int32_t>() : nullptr};
   remap_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
       map, hot_sketch(buckets), ids.const_data_ptr<int64_t>(), num_ids,
       offsets.const_data_ptr<int64_t>(), out_offsets.const_data_ptr<int64_t>(), out);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {rows, out_offsets, source, bags, keys, shards};
+  return {rows, out_offsets, source, keys, shards};
 }
 
 }  // namespace

@@ -24,9 +24,10 @@ struct Batch {
   __device__ int64_t begin(int64_t bag) const { return max(offsets[bag], int64_t{0}); }
   __device__ int64_t end(int64_t bag) const { return min(offsets[bag + 1], num_ids); }
   __device__ bool is_medium(const HotSketch& sketch, int64_t i) const {
-    if (shards[i] < 0 || shards[i] >= sketch.num_shards) return false;
-    return torchrec_cafe::is_medium(sketch.buckets[sketch.bucket_index(shards[i], keys[i])],
-                                    keys[i]);
+    const int32_t at = source[i];
+    if (at < 0 || at >= num_ids || shards[at] < 0 || shards[at] >= sketch.num_shards) return false;
+    return torchrec_cafe::is_medium(sketch.buckets[sketch.bucket_index(shards[at], keys[at])],
+                                    keys[at]);
   }
 };
 
@@ -51,7 +52,7 @@ __global__ void write_rows_kernel(Batch batch, HotSketch sketch, PoolRows pool,
       rows[next] = batch.rows[i];
       source[next++] = batch.source[i];
       if (!batch.is_medium(sketch, i)) continue;
-      rows[next] = pool.second(batch.shards[i], batch.keys[i]);
+      rows[next] = pool.second(batch.shards[batch.source[i]], batch.keys[batch.source[i]]);
       source[next++] = batch.source[i];
     }
   }

@@ -68,7 +68,7 @@ struct Run {
     if (num_threads == 1) {
       kernels.observe(sketch.view, batch.seen(sketch), events.data());
     } else {
-      observe_in_parallel(kernels, sketch.view, batch.seen(sketch), num_threads, events.data(),
+      observe_in_parallel(kernels, sketch.view, {batch.seen(sketch)}, num_threads, events.data(),
                           [](int64_t n, const auto& run) { on_threads(n, run); });
     }
     for (int64_t i = 0; i < num_threads * kShards; ++i) {

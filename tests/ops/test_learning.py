@@ -15,27 +15,32 @@ SHARDS, TABLES = 3, 2
 FEATURES = torch.tensor([1, -1, 0, 1])
 
 
-def batch_of(bags: list[int], keys: list[int], shards: list[int]) -> Remapped:
+def batch_of(keys: list[int], shards: list[int]) -> Remapped:
     """The parts of a batch that learning reads."""
     return Remapped(
         rows=torch.empty(0, dtype=torch.int64),
         offsets=torch.empty(0, dtype=torch.int64),
         source=torch.empty(0, dtype=torch.int32),
-        bags=torch.tensor(bags, dtype=torch.int32),
         keys=torch.tensor(keys, dtype=torch.int64),
         shards=torch.tensor(shards, dtype=torch.int32),
     )
 
 
-def random_batch(samples: int, occurrences: int, dim: int, seed: int) -> tuple[Tensor, Remapped]:
+def random_batch(
+    samples: int, occurrences: int, dim: int, seed: int
+) -> tuple[Tensor, Tensor, Remapped]:
     generator = torch.Generator().manual_seed(seed)
     num_bags = samples * len(FEATURES)
     grad = torch.randn((num_bags, dim), generator=generator)
-    bags = torch.randint(0, num_bags, (occurrences,), generator=generator)
-    bags = bags.sort().values.tolist()
+    if seed % 2:  # one-hot
+        occurrences = num_bags
+        offsets = torch.arange(num_bags + 1)
+    else:
+        inner = torch.randint(0, occurrences + 1, (num_bags - 1,), generator=generator).sort()
+        offsets = torch.tensor([0, *inner.values.tolist(), occurrences])
     keys = torch.randint(0, 20, (occurrences,), generator=generator).tolist()
     shards = torch.randint(-1, SHARDS, (occurrences,), generator=generator).tolist()
-    return grad, batch_of(bags, keys, shards)
+    return grad, offsets, batch_of(keys, shards)
 
 
 def empty() -> tuple[SketchState, Tensor]:
@@ -53,15 +58,15 @@ def empty() -> tuple[SketchState, Tensor]:
 )
 @settings(max_examples=40, deadline=None)
 def test_learn_matches_reference(samples, occurrences, dim, weighted, bad, seed):
-    grad, batch = random_batch(samples, occurrences, dim, seed)
+    grad, offsets, batch = random_batch(samples, occurrences, dim, seed)
     if bad is not None:
         grad[seed % len(grad)] = bad
-    weights = torch.randn(occurrences) if weighted else None
+    weights = torch.randn(len(batch.keys)) if weighted else None
     native, plain = empty(), empty()
     for _ in range(2):
         options = {"features": FEATURES, "weights": weights, "decay": 0.5, "growth": 1.5}
-        ops.learn(*native, grad, batch, **options)
-        reference.learn(*plain, grad, batch, **options)
+        ops.learn(*native, grad, offsets, batch, **options)
+        reference.learn(*plain, grad, offsets, batch, **options)
     assert torch.equal(native[1], plain[1])
     for name, tensor in native[0].tensors().items():
         assert torch.equal(tensor, plain[0].tensors()[name]), name
@@ -70,9 +75,11 @@ def test_learn_matches_reference(samples, occurrences, dim, weighted, bad, seed)
 def test_importance_is_the_norm_in_units_of_the_tables_mean():
     state, norms = empty()
     grad = torch.zeros((8, 4))
-    grad[0], grad[3], grad[4] = 1.0, 2.0, 3.0  # features 1 -> tables 1, 1, 1: norms 2, 4, 6
-    batch = batch_of([0, 3, 4], [7, 8, 9], [0, 1, 2])
-    ops.learn(state, norms, grad, batch, features=FEATURES, weights=torch.tensor([1.0, 1.0, -2.0]))
+    grad[0], grad[3], grad[4] = 1.0, 2.0, 3.0  # all of table 1: norms 2, 4, 6
+    # Feature 0 has ids 7 and 9 in samples 0 and 1, feature 3 has id 8 in sample 0.
+    offsets, batch = torch.tensor([0, 1, 2, 2, 2, 2, 2, 3, 3]), batch_of([7, 9, 8], [0, 2, 1])
+    weights = torch.tensor([1.0, -2.0, 1.0])
+    ops.learn(state, norms, grad, offsets, batch, features=FEATURES, weights=weights)
     assert norms[0].tolist() == [[0.0, 2.0], [12.0, 4.0]]  # an empty bag counts, with norm 0
     mean = 12 / 4
     expected = {(7, 0): 2 / mean, (8, 1): 4 / mean, (9, 2): 2 * 6 / mean}
@@ -83,14 +90,14 @@ def test_importance_is_the_norm_in_units_of_the_tables_mean():
 
 
 def test_the_result_does_not_depend_on_threads():
-    grad, batch = random_batch(3000, 20_000, 8, 0)
+    grad, offsets, batch = random_batch(3000, 20_000, 8, 0)
     results, threads = [], torch.get_num_threads()
     try:
         for number in (1, 2, 4):
             torch.set_num_threads(number)
             state, norms = empty()
             for _ in range(3):
-                ops.learn(state, norms, grad, batch, features=FEATURES, decay=0.9)
+                ops.learn(state, norms, grad, offsets, batch, features=FEATURES, decay=0.9)
             results.append((state, norms))
     finally:
         torch.set_num_threads(threads)
@@ -101,18 +108,18 @@ def test_the_result_does_not_depend_on_threads():
 
 def test_a_rank_without_shards_learns_nothing():
     state = SketchState.empty(shards=0, buckets=1, hot_rows=1)
-    grad, _ = random_batch(2, 0, 4, 0)
+    grad, offsets, _ = random_batch(2, 1, 4, 0)
     norms = torch.zeros((0, TABLES, 2), dtype=torch.float64)
-    ops.learn(state, norms, grad, batch_of([0], [1], [-1]), features=FEATURES)
+    ops.learn(state, norms, grad, offsets, batch_of([1], [-1]), features=FEATURES)
 
 
 def test_opcheck():
     state, norms = empty()
-    grad, batch = random_batch(2, 5, 4, 0)
+    grad, offsets, batch = random_batch(2, 5, 4, 0)
     torch.library.opcheck(
         torch.ops.torchrec_cafe.learn,
         (
-            *(grad, batch.bags, batch.keys, batch.shards, torch.ones(5), FEATURES, norms),
+            *(grad, offsets, batch.keys, batch.shards, torch.ones(5), FEATURES, norms),
             *(state.buckets, state.inflation, state.counters, 0.9, 1.0),
         ),
     )
@@ -128,8 +135,9 @@ def test_opcheck():
         (ValueError, r"`features` must be in \[-1, 2\), got 2", {"features": FEATURES + 1}),
         (ValueError, r"`decay` must be in \[0, 1\], got 2", {"decay": 2}),
         (ValueError, r"`growth` must be in \[1, 2\*\*60\], got 0", {"growth": 0}),
-        (ValueError, r"`bags` must be in \[0, 8\)", {"batch": batch_of([0, 8], [1, 2], [0, 0])}),
-        (ValueError, r"`shards` must be in", {"batch": batch_of([0, 1], [1, 2], [0, 3])}),
+        (ValueError, "`offsets` must ascend from 0", {"offsets": torch.arange(9)}),
+        (ValueError, r"`offsets` must have shape \[9\]", {"offsets": torch.arange(3)}),
+        (ValueError, "`shards` must be in", {"batch": batch_of([1, 2], [0, 3])}),
         (ValueError, r"`norms` must have shape \[3, any, 2\]", {"norms": torch.zeros(1, 2, 2)}),
     ],
 )
@@ -139,7 +147,8 @@ def test_learn_refuses_and_leaves_the_state(error, message, change):
         "state": state,
         "norms": norms,
         "grad": torch.ones(8, 4),
-        "batch": batch_of([0, 1], [1, 2], [0, 1]),
+        "offsets": torch.tensor([0, 1, 2, 2, 2, 2, 2, 2, 2]),
+        "batch": batch_of([1, 2], [0, 1]),
         "features": FEATURES,
     }
     if "norms" in change:

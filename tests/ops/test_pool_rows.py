@@ -70,7 +70,7 @@ def test_medium_ids_have_their_shared_row_and_a_second_one():
     for position in range(got.rows.numel() - 1):
         if got.source[position] != got.source[position + 1]:
             continue
-        shard = int(batch.shards[batch.source == got.source[position]])
+        shard = int(batch.shards[got.source[position]])
         within = int(got.rows[position + 1]) - POOL.offset - shard * POOL.rows_per_shard
         assert got.rows[position] < POOL.offset
         assert HOT <= within < HOT + SECOND

@@ -113,9 +113,25 @@ def test_remap_matches_reference(lengths, data):
     batch = (torch.tensor(ids, dtype=torch.int64), offsets, TABLES)
     got = ops.remap(*batch, hot)
     expected = reference.remap(*batch, hot)
+    assert_same(got, expected)
+    assert ((got.rows >= 0) & (got.rows < 13 + 4 * 3)).all()
+
+
+def assert_same(got: ops.Remapped, expected: ops.Remapped) -> None:
     for name in got._fields:
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
-    assert ((got.rows >= 0) & (got.rows < 13 + 4 * 3)).all()
+
+
+def test_remap_leaves_out_what_is_not_asked_for():
+    ids, offsets = torch.arange(6), torch.tensor([0, 2, 4, 6])
+    whole = ops.remap(ids, offsets, TABLES, hot_rows_of(hot_state()))
+    part = ops.remap(ids, offsets, TABLES, hot_rows_of(hot_state()), with_source=False)
+    assert part.source.numel() == 0
+    assert torch.equal(part.rows, whole.rows)
+    hashed = ops.remap(ids, offsets, TABLES, ops.HotRows.none())
+    assert (hashed.keys.numel(), hashed.shards.numel(), hashed.source.numel()) == (0, 0, 6)
+    expected = reference.remap(ids, offsets, TABLES, ops.HotRows.none())
+    assert torch.equal(hashed.rows, expected.rows)
 
 
 def test_remap_gives_hot_ids_their_own_rows():
@@ -157,7 +173,7 @@ def test_opcheck():
         torch.ops.torchrec_cafe.remap,
         (
             *(torch.arange(6), torch.tensor([0, 2, 4, 6]), TABLES, state.buckets),
-            *(0, 4, 3, 13),
+            *(0, 4, 3, 13, True),
         ),
     )
 

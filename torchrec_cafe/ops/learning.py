@@ -17,6 +17,7 @@ def learn(  # noqa: PLR0913  what a step of learning takes
     state: SketchState,
     norms: Tensor,
     grad: Tensor,
+    offsets: Tensor,
     batch: Remapped,
     *,
     features: Tensor,
@@ -36,16 +37,18 @@ def learn(  # noqa: PLR0913  what a step of learning takes
             shard; mutated.
         grad: float32 ``[B * F, D]``, gradient of the pooled bags, D a multiple of 4; bag
             ``b * F + f`` is sample b of feature f.
-        batch: what :func:`remap` made of the batch; its ``bags``, ``keys`` and ``shards`` are used.
+        offsets: int64 ``[F * B + 1]``, as :func:`remap` took them: bag ``f * B + b`` is sample b of
+            feature f.
+        batch: what :func:`remap` made of the batch; its ``keys`` and ``shards`` are used.
         features: int64 ``[F]``, table of each feature in [0, T), or -1: not tracked.
-        weights: float32 ``[N]``, per-sample weight of each occurrence; ``None``: all one.
+        weights: float32 ``[N]``, per-sample weight of each id as it came; ``None``: all one.
         decay: in [0, 1], what the running means keep of what they were.
         growth: see :func:`observe`.
 
     Raises:
         TypeError: if a dtype is not the one above.
-        ValueError: if a shape or a number is not the one above, or the devices differ; nothing is
-            mutated then. On CUDA the values of bags, shards and features cannot be seen without
+        ValueError: if a shape or a number is not the one above, the devices differ, or ``offsets``
+            does not ascend from 0 to N; nothing is mutated then. On CUDA the values of offsets, shards and features cannot be seen without
             waiting for the device: one out of range is not learned from.
 
     Note:
@@ -61,7 +64,7 @@ def learn(  # noqa: PLR0913  what a step of learning takes
     try:
         torch.ops.torchrec_cafe.learn.default(
             grad,
-            batch.bags,
+            offsets,
             batch.keys,
             batch.shards,
             given,
@@ -74,7 +77,7 @@ def learn(  # noqa: PLR0913  what a step of learning takes
             growth,
         )
     except RuntimeError as error:
-        _explain(state, norms, grad, batch, features, given if weights is not None else None)
+        _explain(state, norms, grad, offsets, batch, features, weights)
         raise value_error("learn", error) from None
 
 
@@ -82,6 +85,7 @@ def _explain(  # noqa: PLR0913  all that learn takes
     state: SketchState,
     norms: Tensor,
     grad: Tensor,
+    offsets: Tensor,
     batch: Remapped,
     features: Tensor,
     weights: Tensor | None,
@@ -90,7 +94,6 @@ def _explain(  # noqa: PLR0913  all that learn takes
     size = tuple(batch.keys.shape)
     check_tensor("learn", "grad", grad, torch.float32, (None, None))
     check_tensor("learn", "batch.keys", batch.keys, torch.int64, (None,))
-    check_tensor("learn", "batch.bags", batch.bags, torch.int32, size)
     check_tensor("learn", "batch.shards", batch.shards, torch.int32, size)
     if weights is not None:
         check_tensor("learn", "weights", weights, torch.float32, size)
@@ -100,7 +103,7 @@ def _explain(  # noqa: PLR0913  all that learn takes
         "learn",
         grad=grad,
         keys=batch.keys,
-        bags=batch.bags,
+        offsets=offsets,
         shards=batch.shards,
         features=features,
         norms=norms,
@@ -111,6 +114,7 @@ def _explain(  # noqa: PLR0913  all that learn takes
             f"learn: `grad` must have a row for each sample and feature, got {grad.shape[0]} rows "
             f"for {features.numel()} features"
         )
+    check_tensor("learn", "offsets", offsets, torch.int64, (grad.shape[0] + 1,))
     if grad.shape[1] % 4:
         raise ValueError(
             f"learn: `grad` must have a multiple of 4 columns, as FBGEMM's tables do, got "
@@ -121,7 +125,7 @@ def _explain(  # noqa: PLR0913  all that learn takes
 @torch.library.register_fake("torchrec_cafe::learn")
 def _(  # noqa: PLR0913  the schema has as many arguments
     grad: Tensor,
-    bags: Tensor,
+    offsets: Tensor,
     keys: Tensor,
     shards: Tensor,
     weights: Tensor,

@@ -136,7 +136,8 @@ def add_second_rows(batch: Remapped, buckets: Tensor, pool: PoolRows) -> Lookups
     """Let each medium id look up a second row after its shared row: its bag sums the two.
 
     Args:
-        batch: what :func:`remap` made of the batch, with fewer than 2**30 occurrences.
+        batch: what :func:`remap` made of the batch, with its ``source``; fewer than 2**30
+            occurrences.
         buckets: int64 ``[S, W, 8]``, of the sketch that knows which ids are medium.
         pool: where the second rows lie, at least one a shard.
 

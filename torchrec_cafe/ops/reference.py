@@ -92,12 +92,14 @@ def find(buckets: Tensor, shard: int, key: int) -> tuple[int, int] | None:
     return None
 
 
-def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remapped:
+def remap(
+    ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows, *, with_source: bool = True
+) -> Remapped:
     """See :func:`torchrec_cafe.ops.remap`."""
     features = tables.shape[0]
     batch_size = (offsets.numel() - 1) // features
-    out: dict[str, list[int]] = {name: [] for name in Remapped._fields}
-    out["offsets"].append(0)
+    rows, out_offsets, source = [], [0], []
+    keys, shards = [0] * ids.numel(), [-1] * ids.numel()
     for sample in range(batch_size):
         for feature in range(features):
             num_ids, shared_rows, first_id, row_offset, index, *_ = tables[feature].tolist()
@@ -105,24 +107,30 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
             for i in range(int(offsets[bag]), int(offsets[bag + 1])):
                 mixed_id = first_id + int(ids[i])
                 shared_row = mixed_id * shared_rows // num_ids
-                row, key, shard = row_offset + shared_row, 0, -1
-                if index >= 0:
-                    key = index << 48 | mixed_id
+                row = row_offset + shared_row
+                if index >= 0 and hot.num_shards > 0:
+                    keys[i] = index << 48 | mixed_id
                     shard = shared_row * hot.num_shards // shared_rows - hot.first_shard
-                    if not 0 <= shard < hot.buckets.shape[0]:
-                        shard = -1
-                    place = find(hot.buckets, shard, key) if shard >= 0 else None
-                    if place is not None:
-                        hot_row = int(hot.buckets.view(torch.int32)[shard, place[0], 12 + place[1]])
+                    if 0 <= shard < hot.buckets.shape[0]:
+                        shards[i] = shard
+                        place = find(hot.buckets, shard, keys[i])
+                        hot_row = COLD
+                        if place is not None:
+                            slots = hot.buckets.view(torch.int32)[shard, place[0], 3 * SLOTS :]
+                            hot_row = int(slots[place[1]])
                         if hot_row >= 0:
                             row = hot.offset + shard * hot.rows_per_shard + hot_row
-                for name, value in (("rows", row), ("source", i), ("keys", key), ("shards", shard)):
-                    out[name].append(value)
-                out["bags"].append(sample * features + feature)
-            out["offsets"].append(len(out["rows"]))
-    short = ("source", "bags", "shards")
-    dtypes = {name: torch.int32 if name in short else torch.int64 for name in out}
-    return Remapped(**{name: torch.tensor(out[name], dtype=dtypes[name]) for name in out})
+                rows.append(row)
+                source.append(i)
+            out_offsets.append(len(rows))
+    known = ids.numel() if hot.num_shards > 0 else 0
+    return Remapped(
+        rows=torch.tensor(rows, dtype=torch.int64),
+        offsets=torch.tensor(out_offsets, dtype=torch.int64),
+        source=torch.tensor(source if with_source else [], dtype=torch.int32),
+        keys=torch.tensor(keys[:known], dtype=torch.int64),
+        shards=torch.tensor(shards[:known], dtype=torch.int32),
+    )
 
 
 def insert(state: SketchState, shard: int, key: int, score: float) -> str:
@@ -232,6 +240,7 @@ def learn(  # noqa: PLR0913  as many as torchrec_cafe.ops.learn
     state: SketchState,
     norms: Tensor,
     grad: Tensor,
+    offsets: Tensor,
     batch: Remapped,
     *,
     features: Tensor,
@@ -258,10 +267,12 @@ def learn(  # noqa: PLR0913  as many as torchrec_cafe.ops.learn
     norms.copy_(running.expand_as(norms))
     scales = torch.where(running[:, 0] > 0, running[:, 1] / running[:, 0], 0.0).float()
     scale = torch.where(features >= 0, scales[features.clamp(min=0)], 0.0)
-    importance = (bag_norms * scale).flatten()[batch.bags.long()]
+    by_bag = (bag_norms * scale).t().flatten()
+    importance = by_bag.repeat_interleave(offsets.diff())
     if weights is not None:
         importance = importance * weights.abs()
-    observe(state, batch.keys, batch.shards, importance, growth=growth)
+    tracked = (features >= 0).repeat_interleave(len(bag_norms)).repeat_interleave(offsets.diff())
+    observe(state, batch.keys, torch.where(tracked, batch.shards, -1), importance, growth=growth)
 
 
 def second_row(key: int, num_rows: int) -> int:
@@ -297,7 +308,8 @@ def add_second_rows(batch: Remapped, buckets: Tensor, pool: PoolRows) -> Lookups
     rows, offsets, source = [], [0], []
     for bag in range(batch.offsets.numel() - 1):
         for i in range(int(batch.offsets[bag]), int(batch.offsets[bag + 1])):
-            key, shard = int(batch.keys[i]), int(batch.shards[i])
+            at = int(batch.source[i])
+            key, shard = int(batch.keys[at]), int(batch.shards[at])
             found = [int(batch.rows[i])]
             place = find(buckets, shard, key) if shard >= 0 else None
             if place is not None and (

@@ -18,21 +18,25 @@ TABLE_COLUMNS = ("num_ids", "shared_rows", "first_id", "row_offset", "index")
 
 
 class Remapped(NamedTuple):
-    """A batch in physical rows, sample-major: bag ``b * F + f`` is sample b of feature f.
+    """A batch in physical rows.
+
+    Rows are sample-major: bag ``b * F + f`` is sample b of feature f. What the sketch is asked and
+    told is in the order of the ids as they came.
 
     Attributes:
         rows: int64 ``[N]``, physical row of each occurrence.
         offsets: int64 ``[B * F + 1]``, where each bag starts in ``rows``.
-        source: int32 ``[N]``, position in ``ids`` that each occurrence came from.
-        bags: int32 ``[N]``, bag of each occurrence.
-        keys: int64 ``[N]``, key in the sketch; 0 where it is not tracked.
-        shards: int32 ``[N]``, virtual shard on this rank; -1 where it is not tracked.
+        source: int32 ``[N]``, position in ``ids`` that each of ``rows`` came from; ``[0]`` if it
+            was not asked for.
+        keys: int64 ``[N]``, key of each id in the sketch, 0 where its table is not tracked; ``[0]``
+            without hot rows.
+        shards: int32 ``[N]``, virtual shard of each id on this rank, -1 where it is not tracked;
+            ``[0]`` without hot rows.
     """
 
     rows: Tensor
     offsets: Tensor
     source: Tensor
-    bags: Tensor
     keys: Tensor
     shards: Tensor
 
@@ -125,7 +129,9 @@ class HotRows:
         )
 
 
-def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remapped:
+def remap(
+    ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows, *, with_source: bool = True
+) -> Remapped:
     """Turn the ids of a whole group of tables into physical rows of one table.
 
     A mixed id ``m`` of a table of ``n`` ids and ``r`` shared rows has the shared row
@@ -138,6 +144,7 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
             [1, 2**47); rows they share, in [1, ids]; mixed id of local id 0; physical row of shared
             row 0; number of the table in its pool, in [0, 2**15), or -1 if its ids are never hot.
         hot: where the ids that own a row are found.
+        with_source: whether to say which id each row came from.
 
     Raises:
         TypeError: if a dtype is not the one above.
@@ -161,6 +168,7 @@ def remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> Remappe
                 hot.num_shards,
                 hot.rows_per_shard,
                 hot.offset,
+                with_source,
             )
         )
     except RuntimeError as error:
@@ -202,17 +210,14 @@ def _(  # noqa: PLR0913  the schema has as many arguments
     num_shards: int,
     rows_per_shard: int,
     hot_offset: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with_source: bool,  # noqa: FBT001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_same_device("remap", ids=ids, offsets=offsets, tables=tables, buckets=buckets)
-
-    def int32() -> Tensor:
-        return torch.empty_like(ids, dtype=torch.int32)
-
+    tracked = ids.shape[0] if num_shards > 0 else 0
     return (
         torch.empty_like(ids),
         torch.empty_like(offsets),
-        int32(),
-        int32(),
-        torch.empty_like(ids),
-        int32(),
+        ids.new_empty(ids.shape[0] if with_source else 0, dtype=torch.int32),
+        ids.new_empty(tracked),
+        ids.new_empty(tracked, dtype=torch.int32),
     )

@@ -45,25 +45,27 @@ class CompressedBags(nn.Module):
             ``[B, F * D]``; in training mode its gradient feeds the sketch.
         """
         self.settle()
-        lookups, batch = self.rows(ids, offsets)
+        lookups, batch = self.rows(ids, offsets, with_source=weights is not None)
         pooled = self.tbe(
             indices=lookups.rows,
             offsets=lookups.offsets,
             per_sample_weights=None if weights is None else weights[lookups.source],
         )
         if batch is not None and self.training and pooled.requires_grad:
-            own = None if weights is None else weights.detach()[batch.source]
-            pooled.register_hook(lambda grad: self._learn(grad, batch, own))
+            given = None if weights is None else weights.detach()
+            pooled.register_hook(lambda grad: self._learn(grad, offsets, batch, given))
         num_features = self.rows.num_features
         batch_size = (offsets.numel() - 1) // num_features
         return pooled.view(batch_size, num_features * pooled.shape[1])
 
     def settle(self) -> None:
         """Apply what the last step has taught; see :meth:`HotRowPool.settle`."""
-        if self.pool is not None:
+        if self.pool is not None and self.pool.unsettled:
             self.pool.settle(self.tbe.physical_tensors())
 
     @torch.no_grad()
-    def _learn(self, grad: Tensor, batch: Remapped, weights: Tensor | None) -> None:
+    def _learn(
+        self, grad: Tensor, offsets: Tensor, batch: Remapped, weights: Tensor | None
+    ) -> None:
         assert self.pool is not None
-        self.pool.learn(grad, batch, weights)
+        self.pool.learn(grad, offsets, batch, weights)

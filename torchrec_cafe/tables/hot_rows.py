@@ -101,7 +101,9 @@ class HotRowPool(nn.Module):
         hot_share = torch.zeros(2, dtype=torch.int64, device=tables.device)
         self.register_buffer("_hot_share", hot_share, persistent=False)
         self._step = 0  # host copy of the sketch's steps: reading the tensor would synchronise
-        self._unsettled = False
+        #: whether a step was learned from that is not settled yet
+        self.unsettled = False
+        self._turns: dict[int, Tensor] = {}
         self._hot_rows: HotRows | None = None
 
     @property
@@ -139,15 +141,18 @@ class HotRowPool(nn.Module):
         """Take over what a checkpoint has written into the sketch's tensors."""
         steps = self.sketch.steps
         self._step = int(steps[0]) if steps.numel() else 0
-        self._unsettled = False
+        self.unsettled = False
 
-    def learn(self, grad: Tensor, batch: Remapped, weights: Tensor | None) -> None:
+    def learn(
+        self, grad: Tensor, offsets: Tensor, batch: Remapped, weights: Tensor | None
+    ) -> None:
         """Feed the sketch.
 
         Args:
             grad: ``[B * F, D]``, gradient of the pooled bags of the whole batch.
+            offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
             batch: what was looked up.
-            weights: float32 ``[N]``, per-sample weight of each occurrence; ``None``: all one.
+            weights: float32 ``[N]``, per-sample weight of each id; ``None``: all one.
         """
         kind = self.layout.kind
         if kind.importance == "frequency":
@@ -159,6 +164,7 @@ class HotRowPool(nn.Module):
                 self.sketch,
                 self._norms,
                 grad.float().contiguous(),
+                offsets,
                 batch,
                 features=self._features,
                 weights=weights,
@@ -169,7 +175,7 @@ class HotRowPool(nn.Module):
             hot = torch.count_nonzero(batch.rows >= self.layout.rows.offset)
             self._hot_share.copy_(torch.stack([hot, torch.count_nonzero(batch.shards >= 0)]))
         self._step += 1
-        self._unsettled = True
+        self.unsettled = True
 
     def settle(self, rows: list[Tensor]) -> None:
         """Re-assign the hot rows of the shards whose turn it is, once per step learned.
@@ -177,15 +183,11 @@ class HotRowPool(nn.Module):
         Args:
             rows: physical table and optimizer states, first axis physical rows; mutated.
         """
-        if not self._unsettled:
+        if not self.unsettled:
             return
-        self._unsettled = False
+        self.unsettled = False
         layout = self.layout
-        interval = layout.kind.rebalance_interval
-        # By global number, so that the schedule does not depend on the number of ranks.
-        first = (self._step - layout.first_shard) % interval
-        last = max(first, layout.shards_held)
-        selected = torch.arange(first, last, interval, device=self.tables.device)
+        selected = self._selected()
         if selected.numel() == 0:
             return
         actions, new_keys = rebalance(
@@ -201,6 +203,16 @@ class HotRowPool(nn.Module):
                 # Two rows were looked up as a sum; of their optimizer states the mean is taken.
                 factor = 1.0 if number == 0 else 0.5
                 move_rows(tensor, moves, self.tables, layout.rows, second_factor=factor)
+
+    def _selected(self) -> Tensor:
+        """The shards whose turn it is."""
+        interval = self.layout.kind.rebalance_interval
+        # By global number, so that the schedule does not depend on the number of ranks.
+        first = (self._step - self.layout.first_shard) % interval
+        if first not in self._turns or self._turns[first].device != self.tables.device:
+            last = max(first, self.layout.shards_held)
+            self._turns[first] = torch.arange(first, last, interval, device=self.tables.device)
+        return self._turns[first]
 
     def statistics(self) -> dict[str, float]:
         """What the sketch has done so far, for logs and TensorBoard.

@@ -87,12 +87,15 @@ class RowLookup(nn.Module, ABC):
         return self._tables.shape[0]
 
     @abstractmethod
-    def forward(self, ids: Tensor, offsets: Tensor) -> tuple[Lookups, Remapped | None]:
+    def forward(
+        self, ids: Tensor, offsets: Tensor, *, with_source: bool
+    ) -> tuple[Lookups, Remapped | None]:
         """Find the rows.
 
         Args:
             ids: int64 ``[N]``, mixed ids relative to the first of this rank, feature-major.
             offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
+            with_source: whether the lookups must say which id each row came from.
 
         Returns:
             What to look up; and what a pool of hot rows learns from, if there is one.
@@ -126,14 +129,20 @@ class SharedRows(RowLookup):
                 [row[-1] for row in columns],
             )
 
-    def forward(self, ids: Tensor, offsets: Tensor) -> tuple[Lookups, Remapped | None]:
+    def forward(
+        self, ids: Tensor, offsets: Tensor, *, with_source: bool
+    ) -> tuple[Lookups, Remapped | None]:
         """Find the rows; see the base class."""
         if self.pool is None:
-            batch = remap(ids, offsets, self._tables, self._no_hot_rows)
+            hot = self._no_hot_rows
+            batch = remap(ids, offsets, self._tables, hot, with_source=with_source)
             return Lookups(batch.rows, batch.offsets, batch.source), None
-        batch = remap(ids, offsets, self._tables, self.pool.hot_rows())
-        if self.pool.layout.rows.second_rows_per_shard > 0:
-            return add_second_rows(batch, self.pool.sketch.buckets, self.pool.layout.rows), batch
+        layout = self.pool.layout.rows
+        two_rows = layout.second_rows_per_shard > 0
+        hot = self.pool.hot_rows()
+        batch = remap(ids, offsets, self._tables, hot, with_source=with_source or two_rows)
+        if two_rows:
+            return add_second_rows(batch, self.pool.sketch.buckets, layout), batch
         return Lookups(batch.rows, batch.offsets, batch.source), batch
 
 
@@ -141,6 +150,9 @@ class SharedRows(RowLookup):
 class QuotientRemainderRows(RowLookup):
     """An id has a row for its remainder and one for its quotient."""
 
-    def forward(self, ids: Tensor, offsets: Tensor) -> tuple[Lookups, Remapped | None]:
+    def forward(
+        self, ids: Tensor, offsets: Tensor, *, with_source: bool
+    ) -> tuple[Lookups, Remapped | None]:
         """Find the rows; see the base class."""
+        del with_source  # they always say
         return quotient_remainder(ids, offsets, self._tables), None
