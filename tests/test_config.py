@@ -120,7 +120,9 @@ def test_memory_of_one_table(dtype):
 def test_kinds_are_values():
     assert tc.Cafe(compression=100) == tc.Cafe(compression=100.0)
     assert hash(tc.Hash(compression=2)) == hash(tc.Hash(compression=2))
-    assert math.isclose(tc.Cafe(compression=1, half_life=10).growth ** 10, 2)
+    assert math.isclose(tc.Cafe(compression=1, half_life=10).growth(2.5) ** 4, 2)
+    assert tc.Cafe(compression=1).growth(1e9) >= 1
+    assert tc.Cafe(compression=1, half_life=1e-9).growth(1) == 2.0**60
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,13 @@ import torchrec_cafe as tc
 SIZES = {"t_big": 5000, "t_small": 12, "t_hash": 700, "t_fused": 97}
 CAFE = tc.Cafe(compression=5, num_shards=8, rebalance_interval=4, half_life=50)
 HASH = tc.Hash(compression=7)
+#: every kind that a whole collection is tried with
+KINDS = {
+    "cafe": CAFE,
+    "multi_level": dataclasses.replace(CAFE, medium_fraction=0.3),
+    "frequency": dataclasses.replace(CAFE, importance="frequency", half_life=math.inf),
+    "quotient_remainder": tc.QuotientRemainder(compression=5),
+}
 
 
 def constraints() -> dict[str, Any]:

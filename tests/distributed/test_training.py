@@ -20,7 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import torchrec_cafe as tc
 from tests.distributed import models
 from tests.distributed.ranks import run_ranks
-from torchrec_cafe.ops import reference
+from torchrec_cafe.ops import MEDIUM, reference
 
 
 class Regression(nn.Module):
@@ -138,13 +138,14 @@ def _shapes(*names: str) -> list[Any]:
     ]
 
 
-def _learn(optimizer: EmbOptimType) -> dict[str, Tensor]:
+def _learn(kind: str, weighted: bool) -> dict[str, Tensor]:
     """Gradients that do not depend on the weights, so that any world sees the same importance."""
-    model = _cafe(optimizer)
+    model = _all_of(kind, EmbOptimType.EXACT_SGD, is_weighted=weighted)
     models.set_weights(model)
     world_size, rank = dist.get_world_size(), dist.get_rank()
     batch_size = 48 // world_size
-    for step, batch in enumerate(models.batches(30, batch_size, CAFE_SIZES)):
+    batches = models.batches(30, batch_size, CAFE_SIZES, weighted=weighted)
+    for step, batch in enumerate(batches):
         samples = torch.arange(rank * batch_size, (rank + 1) * batch_size)
         pull = (1 + (samples * 7 + step) % 5).float()[:, None] / 4
         # TorchRec divides the gradient of model-parallel tables by the number of ranks.
@@ -152,12 +153,26 @@ def _learn(optimizer: EmbOptimType) -> dict[str, Tensor]:
     return models.local_state(model)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_any_number_of_ranks_learns_the_same_hot_ids(tmp_path: Path, world_size: int):
-    optimizer = EmbOptimType.EXACT_SGD
-    (alone,) = run_ranks(1, tmp_path / "alone", _learn, optimizer)
-    parts = run_ranks(world_size, tmp_path / "parts", _learn, optimizer)
-    assert (alone["embedding_bags.cafe_pool_0.sketch_owners"] >= 0).any()
+@pytest.mark.parametrize(
+    ("kind", "world_size", "weighted"),
+    [
+        ("cafe", 2, False),
+        ("cafe", 3, True),
+        ("multi_level", 2, True),
+        ("multi_level", 3, False),
+        ("frequency", 2, True),
+        ("quotient_remainder", 2, True),
+    ],
+)
+def test_any_number_of_ranks_learns_the_same(
+    tmp_path: Path, kind: str, world_size: int, weighted: bool
+):
+    (alone,) = run_ranks(1, tmp_path / "alone", _learn, kind, weighted)
+    parts = run_ranks(world_size, tmp_path / "parts", _learn, kind, weighted)
+    if kind != "quotient_remainder":
+        assert (alone["embedding_bags.cafe_pool_0.sketch_owners"] >= 0).any()
+        keys = alone["embedding_bags.cafe_pool_0.sketch_buckets"].view(torch.int32)[..., 12:]
+        assert (keys == MEDIUM).any() == (kind == "multi_level")
     for name, whole in alone.items():
         joined = torch.cat([part[name] for part in parts if name in part])
         if "sketch" in name:
@@ -166,25 +181,69 @@ def test_any_number_of_ranks_learns_the_same_hot_ids(tmp_path: Path, world_size:
             torch.testing.assert_close(joined, whole, msg=name)
 
 
+def _twice(kind: str) -> bool:
+    """Whether the same training, done twice, gives the same bits."""
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = _all_of(kind, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+        for batch in models.batches(30, 24, CAFE_SIZES):
+            model(batch).values().pow(2).sum().backward()
+        states.append(models.local_state(model))
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("kind", ["cafe", "multi_level"])
+def test_the_same_seed_gives_the_same_bits(tmp_path: Path, kind: str):
+    assert run_ranks(2, tmp_path, _twice, kind) == [True, True]
+
+
+def _accumulated() -> tuple[list[int], dict[str, float]]:
+    """Two backward passes for every step of the dense optimizer, under autocast."""
+    torch.manual_seed(0)
+    model, optimizer = _regression(EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+    data = list(models.batches(40, 32))
+    losses = []
+    for first, second in zip(data[::2], data[1::2], strict=True):
+        optimizer.zero_grad()
+        for batch in (first, second):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, _ = model(batch)
+            loss.backward()
+            losses.append(float(loss))
+        optimizer.step()
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    (pool,) = models.pools(model)
+    return pool.sketch.steps.unique().tolist(), pool.statistics()
+
+
+def test_gradient_accumulation_and_autocast(tmp_path: Path):
+    for steps, statistics in run_ranks(2, tmp_path, _accumulated):
+        assert steps == [40]  # every backward pass teaches
+        assert statistics["promoted"] > 0
+        assert statistics["non_finite"] == 0
+        assert 0 < statistics["hot_share"] <= 1
+
+
 CAFE_SIZES = {"t_big": 5000, "t_small": 12}
 
 
-def _cafe(optimizer: EmbOptimType) -> DistributedModelParallel:
-    """A collection of CAFE tables only."""
-    kinds = {name: tc.ParameterConstraints(table=models.CAFE) for name in CAFE_SIZES}
-    return models.sharded(models.collection(CAFE_SIZES), kinds, optimizer)
+def _all_of(kind: str, optimizer: EmbOptimType, **options: Any) -> DistributedModelParallel:
+    """A collection whose tables are all of one kind."""
+    kinds = {name: tc.ParameterConstraints(table=models.KINDS[kind]) for name in CAFE_SIZES}
+    return models.sharded(models.collection(CAFE_SIZES, **options), kinds, optimizer)
 
 
-def _save(folder: str) -> dict[str, Tensor]:
-    model = _cafe(EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+def _save(folder: str, kind: str) -> dict[str, Tensor]:
+    model = _all_of(kind, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
     for batch in models.batches(20, 24, CAFE_SIZES):
         model(batch).values().pow(2).sum().backward()
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
     return models.local_state(model)
 
 
-def _load(folder: str) -> dict[str, Tensor]:
-    model = _cafe(EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+def _load(folder: str, kind: str) -> dict[str, Tensor]:
+    model = _all_of(kind, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
     loaded = {"model": model.state_dict()}
     dcp.load(loaded, checkpoint_id=folder)
     model.load_state_dict(loaded["model"])
@@ -194,11 +253,14 @@ def _load(folder: str) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_checkpoint_loads_on_another_number_of_ranks(tmp_path: Path, world_size: int):
+@pytest.mark.parametrize(
+    ("kind", "world_size"),
+    [("cafe", 1), ("multi_level", 3), ("quotient_remainder", 3), ("quotient_remainder", 1)],
+)
+def test_checkpoint_loads_on_another_number_of_ranks(tmp_path: Path, kind: str, world_size: int):
     folder = str(tmp_path / "checkpoint")
-    saved = run_ranks(2, tmp_path / "save", _save, folder)
-    loaded = run_ranks(world_size, tmp_path / "load", _load, folder)
+    saved = run_ranks(2, tmp_path / "save", _save, folder, kind)
+    loaded = run_ranks(world_size, tmp_path / "load", _load, folder, kind)
     for name in saved[0]:
         before = torch.cat([part[name] for part in saved if name in part])
         after = torch.cat([part[name] for part in loaded if name in part])

@@ -75,7 +75,9 @@ class Cafe(TableKind):
             the rows to the highest scores.
         hysteresis: a hot id keeps its row until its score is this far below the threshold,
             relative, in [0, 1).
-        half_life: steps after which an occurrence counts half, > 0; ``inf`` never forgets.
+        half_life: after how many bags per hot row an occurrence counts half, > 0; ``inf`` never
+            forgets. In these units it needs no tuning to a batch size or a compression: it is how
+            many bags the sketch judges by.
         rebalance_interval: steps between two decisions on the same virtual shard, >= 1.
         num_shards: virtual shards of the pool, fixed for the life of a checkpoint; at least the
             number of ranks that the table is ever spread over. ``None``: 64, fewer for small pools.
@@ -119,10 +121,13 @@ class Cafe(TableKind):
             if not holds:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
 
-    @property
-    def growth(self) -> float:
-        """Factor by which the score of an occurrence exceeds that of one a step before."""
-        return 2.0 ** (1.0 / self.half_life)
+    def growth(self, bags_per_hot_row: float) -> float:
+        """Factor by which an occurrence counts more than one so many bags per hot row before.
+
+        Args:
+            bags_per_hot_row: >= 0.
+        """
+        return 2.0 ** min(60.0, bags_per_hot_row / self.half_life)
 
     def allocate(self, tables: Sequence[TableShape]) -> Allocation:
         """Divide the budget of a group between whole tables, hot rows, sketch and shared rows.

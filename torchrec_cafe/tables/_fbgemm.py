@@ -28,14 +28,11 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
     that weights, optimizer state and checkpoints appear table by table.
 
     Args:
-        rows_per_table: rows of each logical table, in order, each >= 0, at least one in total.
+        rows_per_table: rows of each logical table, in order, each >= 0.
         embedding_dim: columns, a multiple of 4.
         weights_precision: FP32 or FP16.
         device: where the rows live; CPU or CUDA.
         fused_params: the TBE's optimizer arguments, as TorchRec calls them.
-
-    Raises:
-        ValueError: if there are no rows at all.
     """
 
     # FBGEMM's constructor may ask for the weights before the ranges are known.
@@ -51,12 +48,8 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         fused_params: dict[str, Any],
     ) -> None:
         """Allocate the physical table; see the class."""
-        total = sum(rows_per_table)
-        if total < 1:
-            raise ValueError(
-                "RowRangeTBE: `rows_per_table` must have at least one row in total, got "
-                f"{list(rows_per_table)}"
-            )
+        # FBGEMM wants a row even on a rank that holds none; nobody looks it up.
+        total = max(1, sum(rows_per_table))
         on_cuda = device.type == "cuda"
         super().__init__(
             embedding_specs=[

@@ -97,6 +97,7 @@ class HotRowPool(nn.Module):
             torch.tensor(features, dtype=torch.int64, device=tables.device),
             persistent=False,
         )
+        self._num_tracked = sum(index >= 0 for index in features)
         # Hot lookups and lookups of the last batch looked at.
         hot_share = torch.zeros(2, dtype=torch.int64, device=tables.device)
         self.register_buffer("_hot_share", hot_share, persistent=False)
@@ -155,10 +156,14 @@ class HotRowPool(nn.Module):
             weights: float32 ``[N]``, per-sample weight of each id; ``None``: all one.
         """
         kind = self.layout.kind
+        # Every rank sees the bags of the whole batch, so all agree.
+        bags = (offsets.numel() - 1) // len(self._features) * self._num_tracked
+        hot_rows = self.layout.num_shards * self.layout.rows.hot_rows_per_shard
+        growth = kind.growth(bags / hot_rows)
         if kind.importance == "frequency":
             ones = torch.ones_like(batch.keys, dtype=torch.float32)
             counted = ones if weights is None else weights.abs()
-            observe(self.sketch, batch.keys, batch.shards, counted, growth=kind.growth)
+            observe(self.sketch, batch.keys, batch.shards, counted, growth=growth)
         else:
             learn(
                 self.sketch,
@@ -169,7 +174,7 @@ class HotRowPool(nn.Module):
                 features=self._features,
                 weights=weights,
                 decay=NORM_DECAY,
-                growth=kind.growth,
+                growth=growth,
             )
         if self._step % HOT_SHARE_INTERVAL == 0:
             hot = torch.count_nonzero(batch.rows >= self.layout.rows.offset)
