@@ -92,6 +92,13 @@ def test_remainder_rows_are_as_many_as_fit(num_ids, extra):
     assert divisor == num_ids or more + -(-num_ids // more) > rows
 
 
+def test_tables_that_get_all_their_rows_are_not_tracked():
+    tables = shapes(3_000_000, 200_000, 3000)
+    allocation = tc.Cafe(compression=50, whole_fraction=0.0).allocate(tables)
+    assert allocation.shared_rows["t2"] == 3000
+    assert allocation.tracked == ("t0", "t1")
+
+
 def test_small_pools_have_fewer_virtual_shards():
     tables = shapes(3_000_000, 200_000)
     assert tc.Cafe(compression=10).allocate(tables).num_shards == 64
@@ -105,7 +112,7 @@ def test_small_tables_stay_whole_within_the_budget():
     assert allocation.shared_rows["t2"] == 300
     assert allocation.shared_rows["t3"] == 12
     assert allocation.tracked == ("t0", "t1")
-    everything = tc.Cafe(compression=100, whole_fraction=0.0).allocate(shapes(3_000_000, 300))
+    everything = tc.Cafe(compression=100, whole_fraction=0.0).allocate(shapes(3_000_000, 60_000))
     assert everything.tracked == ("t0", "t1")
 
 

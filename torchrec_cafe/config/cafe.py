@@ -8,7 +8,7 @@ Optimizer state follows the rows and is not part of the promise.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -150,22 +150,26 @@ class Cafe(TableKind):
 
     def _divide(self, tables: Sequence[TableShape]) -> Allocation | None:
         """What :meth:`allocate` returns, or ``None`` if the budget is too small."""
+        whole = smallest(
+            tables, math.floor(self.whole_fraction * budget_of(tables, self.compression))
+        )
         if self.num_shards is not None:
-            return self._divide_into(tables, self.num_shards)
+            return self._divide_into(tables, whole, self.num_shards)
         for num_shards in _NUM_SHARDS:
-            allocation = self._divide_into(tables, num_shards)
+            allocation = self._divide_into(tables, whole, num_shards)
             if allocation and (
                 not allocation.tracked or allocation.hot_rows_per_shard >= _FAIR_HOT_ROWS
             ):
                 return allocation
-        few = (self._divide_into(tables, num_shards) for num_shards in _FEW_SHARDS)
+        few = (self._divide_into(tables, whole, num_shards) for num_shards in _FEW_SHARDS)
         return next((allocation for allocation in few if allocation), None)
 
-    def _divide_into(self, tables: Sequence[TableShape], num_shards: int) -> Allocation | None:
-        """The same for so many virtual shards."""
+    def _divide_into(
+        self, tables: Sequence[TableShape], whole: Set[str], num_shards: int
+    ) -> Allocation | None:
+        """The same with some tables kept whole and so many virtual shards."""
         row_bytes = tables[0].row_bytes if tables else 0
         budget = budget_of(tables, self.compression)
-        whole = smallest(tables, math.floor(self.whole_fraction * budget))
         rest = [table for table in tables if table.name not in whole]
         shared = {table.name: table.num_embeddings for table in tables if table.name in whole}
         left = budget - sum(shared.values()) * row_bytes
@@ -183,6 +187,10 @@ class Cafe(TableKind):
         if hot_rows < 1 or rows < len(rest):
             return None
         shared |= split_rows(rest, rows, exponent=SHARED_ROWS_EXPONENT)
+        got_all = {table.name for table in rest if shared[table.name] == table.num_embeddings}
+        if got_all:
+            # Hot rows would be wasted on tables whose ids have a row each.
+            return self._divide_into(tables, whole | got_all, num_shards)
         memory = MemoryBreakdown(
             shared_bytes=(sum(shared.values()) + num_shards * second_rows) * row_bytes,
             hot_bytes=num_shards * hot_rows * row_bytes,
