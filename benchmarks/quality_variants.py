@@ -174,9 +174,9 @@ VARIANTS = {
         kind="hash_whole",
     ),
     "quotient_remainder": Variant(text="QuotientRemainder", kind="quotient_remainder"),
-    "cafe": Variant(text="Cafe"),
-    "cafe_multi_level": Variant(
-        text="Cafe, ids between hot and cold with two shared rows", kind="cafe_multi_level"
+    "cafe": Variant(text="Cafe: multi-level, ids between hot and cold look up two shared rows"),
+    "cafe_single_level": Variant(
+        text="Cafe without second rows: ids are hot or cold", kind="cafe_single_level"
     ),
     "oracle": Variant(
         text="frequency oracle of the same bytes: Cafe's division of the budget, the bytes of "

@@ -13,7 +13,7 @@ from typing import IO, Any, NoReturn
 from torchrec_cafe.config import Cafe
 
 #: hash_whole: hash that may spend a quarter of its budget on whole small tables, as cafe does
-KINDS = ("full", "hash", "hash_whole", "quotient_remainder", "cafe", "cafe_multi_level")
+KINDS = ("full", "hash", "hash_whole", "quotient_remainder", "cafe", "cafe_single_level")
 DEFAULT_KINDS = ("full", "hash", "cafe")
 ARCHITECTURES = ("dlrm", "dcn")
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")

@@ -42,14 +42,14 @@ def constraints(
         compression: of the compressed kinds.
     """
     cafe = config.cafe_arguments()
-    multi_level: dict[str, Any] = {"medium_fraction": 0.3} | cafe
+    single_level: dict[str, Any] = cafe | {"medium_fraction": 0.0}
     kinds: dict[str, Callable[[], Any]] = {
         "full": lambda: None,
         "hash": lambda: tc.Hash(compression=compression),
         "hash_whole": lambda: tc.Hash(compression=compression, whole_fraction=0.25),
         "quotient_remainder": lambda: tc.QuotientRemainder(compression=compression),
         "cafe": lambda: tc.Cafe(compression=compression, **cafe),
-        "cafe_multi_level": lambda: tc.Cafe(compression=compression, **multi_level),
+        "cafe_single_level": lambda: tc.Cafe(compression=compression, **single_level),
     }
     table = kinds[kind]()
     # Table-wise keeps every stock table's optimizer fused, as the compressed ones' is.

@@ -17,13 +17,13 @@ _ON_CUDA = (EmbOptimType.ADAM, EmbOptimType.PARTIAL_ROWWISE_ADAM)
 
 
 def check_optimizer(
-    table: str, weight: nn.Parameter, fused_params: dict[str, Any] | None, device: str
+    table: str, bag: nn.Module, fused_params: dict[str, Any] | None, device: str
 ) -> None:
     """Refuse an optimizer whose state cannot follow a row that gets another owner.
 
     Args:
         table: name of the table.
-        weight: its parameter, which knows of ``apply_optimizer_in_backward``.
+        bag: its module, whose weight knows of ``apply_optimizer_in_backward``.
         fused_params: of the sharder; without an optimizer, FBGEMM's default is meant.
         device: ``"cpu"`` or ``"cuda"``.
 
@@ -32,7 +32,7 @@ def check_optimizer(
     """
     allowed = _ON_EVERY_DEVICE + (_ON_CUDA if device == "cuda" else ())
     given = [(fused_params or {}).get("optimizer", EmbOptimType.EXACT_SGD)]
-    classes = getattr(weight, "_optimizer_classes", None)
+    classes = getattr(bag.weight, "_optimizer_classes", None)
     if classes:
         given = [_fused(optimizer) for optimizer in classes]
     for optimizer in given:

@@ -188,7 +188,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             for name in grouped:
                 check_optimizer(
                     name,
-                    collection.embedding_bags[name].weight,
+                    collection.embedding_bags[name],
                     ours[0].fused_params,
                     self._topology.compute_device,
                 )

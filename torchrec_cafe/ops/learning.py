@@ -48,8 +48,9 @@ def learn(  # noqa: PLR0913  what a step of learning takes
     Raises:
         TypeError: if a dtype is not the one above.
         ValueError: if a shape or a number is not the one above, the devices differ, or ``offsets``
-            does not ascend from 0 to N; nothing is mutated then. On CUDA the values of offsets, shards and features cannot be seen without
-            waiting for the device: one out of range is not learned from.
+            does not ascend from 0 to N; nothing is mutated then. On CUDA the values of offsets,
+            shards and features cannot be seen without waiting for the device: one out of range is
+            not learned from.
 
     Note:
         Deterministic for any number of threads and on every device. Not differentiable.

@@ -144,9 +144,7 @@ class HotRowPool(nn.Module):
         self._step = int(steps[0]) if steps.numel() else 0
         self.unsettled = False
 
-    def learn(
-        self, grad: Tensor, offsets: Tensor, batch: Remapped, weights: Tensor | None
-    ) -> None:
+    def learn(self, grad: Tensor, offsets: Tensor, batch: Remapped, weights: Tensor | None) -> None:
         """Feed the sketch.
 
         Args:
