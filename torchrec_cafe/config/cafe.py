@@ -86,7 +86,7 @@ class Cafe(TableKind):
     compression: float
     hot_fraction: float = 0.4
     whole_fraction: float = 0.25
-    medium_fraction: float = 0.0
+    medium_fraction: float = 0.3
     slots_per_hot_row: float = 3.0
     importance: str = "gradient_norm"
     threshold: float | None = None

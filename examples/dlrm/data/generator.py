@@ -37,7 +37,7 @@ _BIAS = -1.5
 # Rare ids tell less than popular ones, and features with more ids tell more. The two exponents are
 # such that hashed tables lose what they lose on Criteo Kaggle in the CAFE paper (figure 8a): at
 # 10x, 100x and 1000x, 6, 24 and 59 % of what they lose at 10000x.
-_FADE_FROM_RANK, _FADE = 100, 0.5
+_FADE_FROM_RANK, _FADE_EXPONENT = 100, 0.5
 _VARIANCE_BY_IDS = 0.3
 
 
@@ -162,14 +162,14 @@ def draw_rows(
         exponent = _ZIPF[0] + (_ZIPF[1] - _ZIPF[0]) * feature / max(features - 1, 1)
         popularity = np.arange(1, size + 1, dtype=np.float64) ** -exponent
         id_of_rank = random.permutation(size).astype(np.int32)
-        fade = _fade_by_id(popularity, id_of_rank)
-        column = _draw_ids(popularity, bounds, id_of_rank, reshuffled, random)
+        column, ranks = _draw_ids(popularity, bounds, id_of_rank, reshuffled, random)
         ids[:, feature] = column
-        effects = fade * random.standard_normal(size, np.float32)
-        logit += np.float32(np.sqrt(_VARIANCE["ids"] * shares[feature])) * effects[column]
+        fade = _fade(popularity)[ranks]  # of the day: an id that becomes popular tells more
+        effects = fade * random.standard_normal(size, np.float32)[column]
+        logit += np.float32(np.sqrt(_VARIANCE["ids"] * shares[feature])) * effects
         size_of_factor = np.float32((_VARIANCE["pairs"] * shares[feature] / pairs) ** 0.25)
-        factors = fade[:, None] * random.standard_normal((size, _FACTORS), np.float32)
-        factors = size_of_factor * factors[column]
+        factors = random.standard_normal((size, _FACTORS), np.float32)[column]
+        factors = size_of_factor * (fade[:, None] * factors)
         sums += factors
         squares += factors**2
     logit += (sums**2 - squares).sum(1) / 2
@@ -179,13 +179,10 @@ def draw_rows(
     return dense, logit
 
 
-def _fade_by_id(popularity: np.ndarray, id_of_rank: np.ndarray) -> np.ndarray:
-    """Size of what each id tells, float32 ``[N]``, of mean square 1 over the rows."""
-    fade = (1 + np.arange(len(popularity)) / _FADE_FROM_RANK) ** -_FADE
-    fade /= np.sqrt((popularity * fade**2).sum() / popularity.sum())
-    by_id = np.empty(len(fade), np.float32)
-    by_id[id_of_rank] = fade
-    return by_id
+def _fade(popularity: np.ndarray) -> np.ndarray:
+    """Size of what the id of each rank tells, float32 ``[N]``, of mean square 1 over the rows."""
+    fade = (1 + np.arange(len(popularity)) / _FADE_FROM_RANK) ** -_FADE_EXPONENT
+    return (fade / np.sqrt((popularity * fade**2).sum() / popularity.sum())).astype(np.float32)
 
 
 def _draw_ids(
@@ -194,14 +191,15 @@ def _draw_ids(
     id_of_rank: np.ndarray,
     reshuffled: float,
     random: np.random.Generator,
-) -> np.ndarray:
-    """The ids of a feature, int32 ``[n]``; rows ``[bounds[d], bounds[d + 1])`` are day d's."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and their ranks, int32 ``[n]``; rows ``[bounds[d], bounds[d + 1])`` are day d's."""
     size = len(popularity)
     cumulated = np.cumsum(popularity)
-    ids = np.empty(bounds[-1], np.int32)
+    ids, ranks = np.empty((2, bounds[-1]), np.int32)
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         draws = random.random(end - begin) * cumulated[-1]
-        ids[begin:end] = id_of_rank[np.minimum(np.searchsorted(cumulated, draws), size - 1)]
+        ranks[begin:end] = np.minimum(np.searchsorted(cumulated, draws), size - 1)
+        ids[begin:end] = id_of_rank[ranks[begin:end]]
         swapped = np.flatnonzero(random.random(size) < reshuffled)
         id_of_rank[swapped] = id_of_rank[random.permutation(swapped)]
-    return ids
+    return ids, ranks
