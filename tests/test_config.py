@@ -67,7 +67,8 @@ def test_breakdown_counts_what_is_allocated():
     held = sum(t.numel() * t.element_size() for t in state.tensors().values())
     assert held + norms == memory.sketch_bytes + memory.map_bytes
     assert memory.hot_bytes == allocation.num_shards * allocation.hot_rows_per_shard * 64
-    assert memory.shared_bytes == sum(allocation.shared_rows.values()) * 64
+    second_rows = allocation.num_shards * allocation.second_rows_per_shard
+    assert memory.shared_bytes == (sum(allocation.shared_rows.values()) + second_rows) * 64
     # Little of the budget is left unused.
     assert memory.compression < 20.1
 

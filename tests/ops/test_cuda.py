@@ -75,3 +75,75 @@ def test_mixing_and_remapping_are_the_same_on_both():
     got = ops.remap(ids.cuda(), offsets.cuda(), tables.cuda(), hot("cuda"))
     for name in expected._fields:
         assert torch.equal(getattr(expected, name), getattr(got, name).cpu()), name
+
+
+def test_learning_is_the_same_on_both():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.tensor([1, -1, 0, 1])
+    states = [SketchState.empty(shards=16, buckets=20, hot_rows=40)]
+    states.append(on("cuda", states[0]))
+    norms = [torch.zeros((16, 2, 2), dtype=torch.float64).to(device) for device in ("cpu", "cuda")]
+    for number in range(6):
+        grad = torch.randn((4 * 700, 24), generator=generator)
+        grad[number] = float("nan")
+        lengths = torch.randint(0, 4, (4 * 700,), generator=generator)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        size = int(offsets[-1])
+        keys = (torch.rand(size, generator=generator) ** 3 * 3000).long()
+        shards = (keys % 17 - 1).int()
+        weights = torch.randn(size, generator=generator) if number % 2 else None
+        empty = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
+        for state, sums in zip(states, norms, strict=True):
+            device = sums.device
+            batch = ops.Remapped(empty[0], empty[0], empty[1], keys.to(device), shards.to(device))
+            ops.learn(
+                state,
+                sums,
+                grad.to(device),
+                offsets.to(device),
+                batch,
+                features=features.to(device),
+                weights=None if weights is None else weights.to(device),
+                decay=0.9,
+                growth=4.0,
+            )
+        assert torch.equal(norms[0], norms[1].cpu())
+        for name, tensor in on("cpu", states[1]).tensors().items():
+            assert torch.equal(tensor, states[0].tensors()[name]), name
+
+
+def test_rows_of_a_pool_are_the_same_on_both():
+    tables = torch.tensor([[3000, 16, 0, 0, 0], [9000, 9, 0, 16, -1], [3000, 32, 0, 25, 1]])
+    pool = ops.PoolRows(offset=57, hot_rows_per_shard=10, second_rows_per_shard=3)
+    rows_of = {"cpu": torch.randn(57 + 16 * 13, 8), "cuda": torch.empty(0)}
+    rows_of["cuda"] = rows_of["cpu"].cuda()
+    states = {"cpu": SketchState.empty(shards=16, buckets=20, hot_rows=10)}
+    states["cuda"] = on("cuda", states["cpu"])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        lengths = torch.randint(0, 4, (3 * 200,), generator=generator)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        skewed = torch.rand(int(lengths.sum()), generator=generator) ** 3
+        ids, importance = (skewed * 3000).long(), torch.rand(len(skewed), generator=generator)
+        found = {}
+        for device, state in states.items():
+            hot = ops.HotRows(
+                buckets=state.buckets,
+                first_shard=0,
+                num_shards=16,
+                rows_per_shard=pool.rows_per_shard,
+                offset=pool.offset,
+            )
+            given = ids.to(device), offsets.to(device), tables.to(device)
+            batch = ops.remap(*given, hot)
+            two_rows = ops.add_second_rows(batch, state.buckets, pool)
+            both = ops.quotient_remainder(*given)
+            ops.observe(state, batch.keys, batch.shards, importance.to(device))
+            selected = torch.arange(16, device=device)
+            moves = ops.Moves(selected, *ops.rebalance(state, selected, num_medium=30))
+            pooled = tables[[0, 2]].to(device)
+            ops.move_rows(rows_of[device], moves, pooled, pool, second_factor=0.5)
+            found[device] = [*two_rows, *both, *moves, rows_of[device]]
+        for expected, got in zip(found["cpu"], found["cuda"], strict=True):
+            assert torch.equal(expected, got.cpu())
+    assert (states["cpu"].hot_rows == ops.MEDIUM).any()

@@ -27,7 +27,7 @@ class MemoryBreakdown:
     """What a table or a group of tables keeps resident, in bytes.
 
     Attributes:
-        shared_bytes: rows that ids share, and rows of tables kept whole.
+        shared_bytes: rows that ids share, second rows, and rows of tables kept whole.
         hot_bytes: rows that hot ids own.
         sketch_bytes: slots and statistics of HotSketch.
         map_bytes: map from hot rows to their owners.
