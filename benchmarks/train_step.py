@@ -62,6 +62,7 @@ BASELINE = "hash"
 KINDS: dict[str, tc.Hash | tc.Cafe] = {
     BASELINE: tc.Hash(compression=COMPRESSION),
     "cafe": tc.Cafe(compression=COMPRESSION),
+    "cafe_single_level": tc.Cafe(compression=COMPRESSION, medium_fraction=0.0),
 }
 #: most that a step may take, in steps of the baseline
 TARGET = 1.05
