@@ -25,7 +25,7 @@ from benchmarks.common import NATIVE, Row, compile_native, interleaved, print_ro
 from benchmarks.common import zipf_ids as stream_of
 from benchmarks.hot_sketch_recall import measure_recall
 from torchrec_cafe import ops
-from torchrec_cafe.ops import HotRows, SketchState, reference
+from torchrec_cafe.ops import HotRows, PoolRows, SketchState, reference
 
 SHARDS = 64
 #: of the released code's buffers, and so the batch at which the two are compared
@@ -100,8 +100,7 @@ class Case:
             buckets=self.state.buckets,
             first_shard=0,
             num_shards=SHARDS,
-            rows_per_shard=self.state.owners.shape[1],
-            offset=self.buckets,
+            rows=PoolRows(offset=self.buckets, hot_rows_per_shard=self.state.owners.shape[1]),
         )
 
     def batches(self, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -57,7 +57,7 @@ CAFE_HOST_DEVICE inline int32_t hot_row_scalar(const Bucket& bucket, int64_t key
 }
 
 // Whether `key` is held and medium.
-CAFE_HOST_DEVICE inline bool is_medium(const Bucket& bucket, int64_t key) {
+CAFE_HOST_DEVICE inline bool is_medium_scalar(const Bucket& bucket, int64_t key) {
   bool medium = false;
   for (int slot = 0; slot < kSlots; ++slot) {
     medium |= (bucket.keys[slot] == key) & (bucket.hot_rows[slot] == kMedium);
@@ -112,6 +112,9 @@ namespace torchrec_cafe {
 
 CAFE_HOST_DEVICE inline int32_t hot_row(const Bucket& bucket, int64_t key) {
   return hot_row_scalar(bucket, key);
+}
+CAFE_HOST_DEVICE inline bool is_medium(const Bucket& bucket, int64_t key) {
+  return is_medium_scalar(bucket, key);
 }
 CAFE_HOST_DEVICE inline Insertion insert(Bucket& bucket, int64_t key, float score) {
   return insert_scalar(bucket, key, score);

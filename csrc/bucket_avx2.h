@@ -1,4 +1,4 @@
-// bucket.h's two functions on all slots at once. Same results bit for bit. Included by bucket.h.
+// bucket.h's functions on all slots at once. Same results bit for bit. Included by bucket.h.
 //
 // No branch depends on the data: whether a key is held is a coin toss on real streams, and a wrong
 // guess costs as much as all of the work.
@@ -25,6 +25,14 @@ CAFE_HOST_DEVICE inline int32_t hot_row(const Bucket& bucket, int64_t key) {
   row = _mm_max_epi32(row, _mm_shuffle_epi32(row, _MM_SHUFFLE(1, 0, 3, 2)));
   row = _mm_max_epi32(row, _mm_shuffle_epi32(row, _MM_SHUFFLE(2, 3, 0, 1)));
   return _mm_cvtsi128_si32(row);
+}
+
+CAFE_HOST_DEVICE inline bool is_medium(const Bucket& bucket, int64_t key) {
+  const __m256i keys = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bucket.keys));
+  const __m128i rows = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bucket.hot_rows));
+  const __m128i medium = _mm_cmpeq_epi32(rows, _mm_set1_epi32(kMedium));
+  const __m128i held = lanes_with_key(keys, _mm256_set1_epi64x(key));
+  return _mm_testz_si128(held, medium) == 0;
 }
 
 CAFE_HOST_DEVICE inline Insertion insert(Bucket& bucket, int64_t key, float score) {

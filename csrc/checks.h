@@ -58,7 +58,7 @@ inline void check_count(int64_t count, const char* name) {
 }
 
 inline void check_remap(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
-                        const Tensor& buckets, int64_t num_shards) {
+                        const Tensor& buckets, int64_t num_shards, const PoolRows& pool) {
   check_tensor(ids, "ids", ScalarType::Long, 1);
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
   check_tensor(tables, "tables", ScalarType::Long, 2);
@@ -67,6 +67,9 @@ inline void check_remap(const Tensor& ids, const Tensor& offsets, const Tensor& 
   check_count(ids.numel(), "ids");
   check_count(offsets.numel(), "offsets");
   STD_TORCH_CHECK(num_shards >= 0 && num_shards <= 65536, "num_shards must be in [0, 65536]");
+  STD_TORCH_CHECK(pool.hot_rows_per_shard >= 0 && pool.rows_per_shard >= pool.hot_rows_per_shard,
+                  "`rows_per_shard` must be at least the hot rows of a shard");
+  check_count(buckets.size(0) * pool.rows_per_shard, "the rows of a pool");
   STD_TORCH_CHECK(tables.size(1) == kTableColumns, "tables must have ", kTableColumns, " columns");
   STD_TORCH_CHECK(tables.size(0) > 0, "tables must have at least one row");
   STD_TORCH_CHECK(offsets.numel() > 0 && (offsets.numel() - 1) % tables.size(0) == 0,
@@ -144,23 +147,19 @@ inline void check_move_rows(const Tensor& rows, const Tensor& actions, const Ten
                   "`rows_per_shard` must be at least the hot rows of a shard");
 }
 
-inline void check_second_rows(const Tensor& rows, const Tensor& offsets, const Tensor& source,
-                              const Tensor& keys, const Tensor& shards, const Tensor& buckets,
-                              int64_t hot_rows_per_shard, int64_t rows_per_shard) {
+inline void check_second_rows(const Tensor& rows, const Tensor& offsets, const Tensor& id_offsets,
+                              const Tensor& second, int64_t num_features) {
   check_tensor(rows, "rows", ScalarType::Long, 1);
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
-  check_tensor(source, "source", ScalarType::Int, 1);
-  check_tensor(keys, "keys", ScalarType::Long, 1);
-  check_tensor(shards, "shards", ScalarType::Int, 1);
-  check_buckets(buckets);
-  check_device(rows, offsets, source, keys, shards, buckets);
+  check_tensor(id_offsets, "id_offsets", ScalarType::Long, 1);
+  check_tensor(second, "second", ScalarType::Int, 1);
+  check_device(rows, offsets, id_offsets, second);
   check_count(2 * rows.numel(), "twice rows");
-  STD_TORCH_CHECK(source.numel() == rows.numel() && keys.numel() == rows.numel() &&
-                      shards.numel() == rows.numel(),
-                  "rows, source, keys and shards must have the same length");
-  STD_TORCH_CHECK(offsets.numel() > 0, "offsets must have at least one element");
-  STD_TORCH_CHECK(hot_rows_per_shard >= 0 && rows_per_shard > hot_rows_per_shard,
-                  "`rows_per_shard` must be more than the hot rows of a shard");
+  STD_TORCH_CHECK(second.numel() == rows.numel(), "rows and second must have the same length");
+  STD_TORCH_CHECK(num_features > 0 && offsets.numel() > 0 &&
+                      (offsets.numel() - 1) % num_features == 0 &&
+                      id_offsets.numel() == offsets.numel(),
+                  "offsets and id_offsets must have features * batch + 1 elements");
 }
 
 inline void check_quotient_remainder(const Tensor& ids, const Tensor& offsets,

@@ -40,7 +40,7 @@ struct RowMoves {
     }
     const Table table = Table::load(tables, table_of_key(key));
     move.from = table.row_offset + table.shared_row(id_of_key(key));
-    if (move.action == kAddRow) move.second = pool.second(shard, key);
+    if (move.action == kAddRow) move.second = pool.offset + pool.second(shard, key);
     return move;
   }
 

@@ -8,8 +8,10 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       " -> Tensor");
   m.def(
       "remap(Tensor ids, Tensor offsets, Tensor tables, Tensor buckets, int first_shard,"
-      " int num_shards, int rows_per_shard, int hot_offset, bool with_source)"
-      " -> (Tensor rows, Tensor out_offsets, Tensor source, Tensor keys, Tensor shards)");
+      " int num_shards, int hot_rows_per_shard, int rows_per_shard, int hot_offset,"
+      " bool with_source)"
+      " -> (Tensor rows, Tensor out_offsets, Tensor source, Tensor keys, Tensor shards,"
+      " Tensor second)");
   m.def(
       "observe(Tensor keys, Tensor shards, Tensor importance, Tensor(a!) buckets,"
       " Tensor(b!) inflation, Tensor(c!) counters, float growth) -> ()");
@@ -25,8 +27,8 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       "move_rows(Tensor(a!) rows, Tensor actions, Tensor new_keys, Tensor selected, Tensor tables,"
       " int rows_per_shard, int hot_offset, float second_factor) -> ()");
   m.def(
-      "add_second_rows(Tensor rows, Tensor offsets, Tensor source, Tensor keys, Tensor shards,"
-      " Tensor buckets, int hot_rows_per_shard, int rows_per_shard, int hot_offset)"
+      "add_second_rows(Tensor rows, Tensor offsets, Tensor id_offsets, Tensor second,"
+      " int num_features, int hot_offset, bool with_source)"
       " -> (Tensor rows, Tensor offsets, Tensor source)");
   m.def(
       "quotient_remainder(Tensor ids, Tensor offsets, Tensor tables)"

@@ -40,9 +40,10 @@ struct PoolRows {
   CAFE_HOST_DEVICE int64_t hot(int64_t shard, int64_t row) const {
     return offset + shard * rows_per_shard + row;
   }
+  // The second row of a key, counted from the first row of the pool.
   CAFE_HOST_DEVICE int64_t second(int64_t shard, int64_t key) const {
     const int64_t row = second_row(key, rows_per_shard - hot_rows_per_shard);
-    return hot(shard, hot_rows_per_shard + row);
+    return shard * rows_per_shard + hot_rows_per_shard + row;
   }
 };
 
@@ -114,8 +115,7 @@ struct RowMap {
   int64_t first_shard;  // global number of this rank's first shard
   int64_t num_shards;   // over all ranks
   int64_t shards_held;  // on this rank
-  int64_t rows_per_shard;
-  int64_t hot_offset;  // physical row of the first hot row
+  PoolRows pool;
 
   // The shard of a shared row on this rank, or -1: it is another rank's. `ratio` is the table's
   // shards_per_row(num_shards).
@@ -124,8 +124,9 @@ struct RowMap {
     return static_cast<int32_t>((held >= 0) & (held < shards_held) ? held : -1);
   }
 
-  CAFE_HOST_DEVICE int64_t physical_row(int32_t shard, int32_t hot_row) const {
-    return hot_offset + shard * rows_per_shard + hot_row;
+  // Whether medium ids have a second row.
+  CAFE_HOST_DEVICE bool has_second_rows() const {
+    return pool.rows_per_shard > pool.hot_rows_per_shard;
   }
 };
 

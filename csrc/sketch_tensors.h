@@ -16,7 +16,7 @@ inline HotSketch hot_sketch(const torch::stable::Tensor& buckets) {
 
 inline RowMap row_map(const torch::stable::Tensor& tables, const torch::stable::Tensor& offsets,
                       const torch::stable::Tensor& buckets, int64_t first_shard, int64_t num_shards,
-                      int64_t rows_per_shard, int64_t hot_offset) {
+                      const PoolRows& pool) {
   const int64_t num_features = tables.size(0);
   return RowMap{tables.const_data_ptr<int64_t>(),
                 num_features,
@@ -24,8 +24,7 @@ inline RowMap row_map(const torch::stable::Tensor& tables, const torch::stable::
                 first_shard,
                 num_shards,
                 buckets.size(1) > 0 ? buckets.size(0) : 0,
-                rows_per_shard,
-                hot_offset};
+                pool};
 }
 
 // One selected shard of `rebalance`.

@@ -8,13 +8,12 @@
 #include "cpu/observe_kernel.h"
 #include "cpu/rebalance_kernel.h"
 #include "cpu/remap_kernel.h"
-#include "cpu/two_rows_kernel.h"
 
 namespace torchrec_cafe {
 
 extern const Kernels CAFE_KERNELS;
-const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,       shards_fit,  observe,
-                           observe_owned,   bag_norms, weigh,       renormalise,
-                           offsets_ascend,  remap,     find_medium, rebalance};
+const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,       shards_fit, observe,
+                           observe_owned,   bag_norms, weigh,      renormalise,
+                           offsets_ascend,  remap,     rebalance};
 
 }  // namespace torchrec_cafe

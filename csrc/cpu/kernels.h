@@ -40,6 +40,7 @@ struct RemapOutput {
   int32_t* source;  // or null
   int64_t* keys;    // of the ids as they come; null without hot rows
   int32_t* shards;
+  int32_t* second;  // of the ids as they come; null without second rows
 };
 
 struct Kernels {
@@ -77,11 +78,6 @@ struct Kernels {
   // Maps the ids of samples [begin, end); `sketch.num_buckets` may be 0.
   void (*remap)(const RowMap& map, const HotSketch& sketch, const RemapInput& in,
                 const RemapOutput& out, int64_t begin, int64_t end);
-
-  // Marks the occurrences of medium keys, and returns how many are. `source` says where the key of
-  // each lies; shards below 0 are not tracked.
-  int64_t (*find_medium)(const HotSketch& sketch, const int32_t* source, const int64_t* keys,
-                         const int32_t* shards, int64_t size, uint8_t* medium);
 
   // Gives a shard's hot rows to its highest scores and makes the next `num_medium` medium; see
   // torchrec_cafe.ops.rebalance. `promoted` and `demoted` are added to.

@@ -20,6 +20,7 @@ struct Tile {
   int64_t* rows = nullptr;
   int64_t* keys = nullptr;
   int32_t* shards = nullptr;
+  int32_t* second = nullptr;  // from the first row of the pool, or -1
   int64_t capacity = 0;
 
   Tile() = default;
@@ -31,9 +32,10 @@ struct Tile {
     if (size <= capacity) return;
     std::free(rows);
     capacity = 2 * size;
-    rows = static_cast<int64_t*>(std::malloc(capacity * 20));
+    rows = static_cast<int64_t*>(std::malloc(capacity * 24));
     keys = rows + capacity;
     shards = reinterpret_cast<int32_t*>(keys + capacity);
+    second = shards + capacity;
   }
 };
 
@@ -119,11 +121,14 @@ void write_one_hot_bags(const RowMap& map, const RemapInput& in, const RemapOutp
   }
 }
 
-// Gives those of the first `size` ids of a tile that are hot their own rows.
+// Gives those of the first `size` ids of a tile that are hot their own rows, and those that are
+// medium a second one.
+template <bool kSecondRows>
 void find_hot_rows(const RowMap& map_in, const HotSketch& sketch_in, Tile& tile, int64_t size) {
   const RowMap map = map_in;
   const HotSketch sketch = sketch_in;
   int64_t buckets[2][kLookupBlock];
+  [[maybe_unused]] int32_t seconds[2][kLookupBlock];
   int sizes[2] = {0, 0};
   for (int64_t first = -kLookupBlock, current = 1; first < size;
        first += kLookupBlock, current ^= 1) {
@@ -137,6 +142,12 @@ void find_hot_rows(const RowMap& map_in, const HotSketch& sketch_in, Tile& tile,
     for (int i = 0; i < next_size; ++i) {
       next[i] = sketch.bucket_index(shards[i] < 0 ? 0 : shards[i], keys[i]);
     }
+    if constexpr (kSecondRows) {
+      int32_t* __restrict__ second = seconds[current ^ 1];
+      for (int i = 0; i < next_size; ++i) {
+        second[i] = static_cast<int32_t>(map.pool.second(shards[i], keys[i]));
+      }
+    }
     sizes[current ^ 1] = next_size;
     for (int i = sizes[current]; i < next_size; ++i) __builtin_prefetch(sketch.buckets + next[i]);
     for (int i = 0; i < sizes[current]; ++i) {
@@ -145,8 +156,13 @@ void find_hot_rows(const RowMap& map_in, const HotSketch& sketch_in, Tile& tile,
       const int32_t shard = tile.shards[first + i];
       const int32_t row = hot_row(sketch.buckets[buckets[current][i]], tile.keys[first + i]);
       const int64_t cold = (row | shard) >> 31;
-      const int64_t own = map.physical_row(shard, row);
+      const int64_t own = map.pool.hot(shard, row);
       tile.rows[first + i] = (tile.rows[first + i] & cold) | (own & ~cold);
+      if constexpr (kSecondRows) {
+        const Bucket& bucket = sketch.buckets[buckets[current][i]];
+        const bool medium = is_medium(bucket, tile.keys[first + i]) & (shard >= 0);
+        tile.second[first + i] = medium ? seconds[current][i] : -1;
+      }
     }
   }
 }
@@ -158,6 +174,12 @@ inline void write_keys(const RemapOutput& out, const Tile& tile, int64_t from, i
   const int32_t* __restrict__ shards = tile.shards + place;
   for (int64_t i = 0; i < size; ++i) out.keys[from + i] = keys[i];
   for (int64_t i = 0; i < size; ++i) out.shards[from + i] = shards[i];
+}
+
+inline void write_second(const RemapOutput& out, const Tile& tile, int64_t from, int64_t place,
+                         int64_t size) {
+  const int32_t* __restrict__ second = tile.second + place;
+  for (int64_t i = 0; i < size; ++i) out.second[from + i] = second[i];
 }
 
 // Maps the ids of samples [begin, end) into a tile; the features that may be hot come first.
@@ -181,10 +203,27 @@ void map_samples(const RowMap& map, const HotSketch& sketch, const RemapInput& i
         for (int64_t i = 0; i < size; ++i) out.keys[from + i] = 0;
         for (int64_t i = 0; i < size; ++i) out.shards[from + i] = -1;
       }
+      if (out.second != nullptr && !tracked) {
+        for (int64_t i = 0; i < size; ++i) out.second[from + i] = -1;
+      }
       add_offset(table.row_offset, size, tile.rows + place);
       place += size;
     }
-    if (tracked && map.shards_held > 0) find_hot_rows(map, sketch, tile, place);
+    if (!tracked) break;
+    if (map.shards_held > 0) {
+      (out.second == nullptr ? find_hot_rows<false> : find_hot_rows<true>)(map, sketch, tile,
+                                                                           place);
+    }
+    if (out.second == nullptr) continue;
+    if (map.shards_held == 0) {
+      for (int64_t i = 0; i < place; ++i) tile.second[i] = -1;
+    }
+    for (int64_t f = 0; f < map.num_features; ++f) {
+      if (Table::load(map.tables, f).index < 0) continue;
+      const int64_t from = in.offsets[f * map.batch_size + begin];
+      const int64_t size = in.offsets[f * map.batch_size + end] - from;
+      write_second(out, tile, from, from + places[f], size);
+    }
   }
 }
 

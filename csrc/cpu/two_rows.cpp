@@ -9,7 +9,6 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
-#include "cpu/observe.h"
 #include "cpu/tensors.h"
 #include "sketch_tensors.h"
 
@@ -26,10 +25,10 @@ struct TwoRowsOutput {
   Tensor offsets;
   Tensor source;
 
-  TwoRowsOutput(int64_t num_rows, int64_t num_bags)
+  TwoRowsOutput(int64_t num_rows, int64_t num_bags, bool with_source)
       : rows(empty_cpu<1>({num_rows}, aoti_torch_dtype_int64())),
         offsets(empty_cpu<1>({num_bags + 1}, aoti_torch_dtype_int64())),
-        source(empty_cpu<1>({num_rows}, aoti_torch_dtype_int32())) {
+        source(empty_cpu<1>({with_source ? num_rows : 0}, aoti_torch_dtype_int32())) {
     offsets.mutable_data_ptr<int64_t>()[num_bags] = num_rows;
   }
 };
@@ -40,56 +39,93 @@ void check_offsets(const int64_t* offsets, int64_t size, int64_t num_ids) {
       "`offsets` must ascend from 0 to the number of ids, ", num_ids);
 }
 
-Rows add_second_rows_cpu(const Tensor& rows, const Tensor& offsets, const Tensor& source,
-                         const Tensor& keys, const Tensor& shards, const Tensor& buckets,
-                         int64_t hot_rows_per_shard, int64_t rows_per_shard, int64_t hot_offset) {
-  check_second_rows(rows, offsets, source, keys, shards, buckets, hot_rows_per_shard,
-                    rows_per_shard);
-  const int64_t num_ids = rows.numel();
-  const int64_t num_bags = offsets.numel() - 1;
-  const int64_t* starts = offsets.const_data_ptr<int64_t>();
-  check_offsets(starts, num_bags + 1, num_ids);
-  check_shards(shards, 0, num_ids, buckets.size(0));
-  const int32_t* from = source.const_data_ptr<int32_t>();
-  int64_t wrong = 0;
-  for (int64_t i = 0; i < num_ids; ++i) wrong |= (from[i] < 0) | (from[i] >= num_ids);
-  STD_TORCH_CHECK(wrong == 0, "`source` must be in [0, ", num_ids, ")");
-  const HotSketch sketch = hot_sketch(buckets);
-  if (sketch.num_shards == 0 || sketch.num_buckets == 0) return {rows, offsets, source};
-  const PoolRows pool{hot_offset, rows_per_shard, hot_rows_per_shard};
-  const int64_t* key = keys.const_data_ptr<int64_t>();
-  const int32_t* shard = shards.const_data_ptr<int32_t>();
+// Samples that a thread takes at a time.
+int64_t samples_per_block(int64_t num_features) {
+  return std::max<int64_t>(1, kBags / num_features);
+}
 
-  const int64_t num_blocks = (num_bags + kBags - 1) / kBags;
-  std::vector<uint8_t> medium(num_ids);
-  std::vector<int64_t> first(num_blocks + 1, 0);  // where each block's rows begin
-  torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t begin_id = starts[block * kBags];
-      const int64_t size = starts[std::min(num_bags, (block + 1) * kBags)] - begin_id;
-      first[block + 1] = size + kernels().find_medium(sketch, from + begin_id, key, shard, size,
-                                                      medium.data() + begin_id);
+// Number of second rows of the ids [begin, end).
+int64_t count_second(const int32_t* second, int64_t begin, int64_t end) {
+  int64_t count = 0;
+  for (int64_t i = begin; i < end; ++i) count += second[i] >= 0;
+  return count;
+}
+
+// The rows of bags, sample-major, and the second rows of their ids, feature-major.
+struct TwoLevels {
+  const int64_t* rows;
+  const int64_t* offsets;
+  const int64_t* id_offsets;
+  const int32_t* second;
+  int64_t num_features;
+  int64_t batch_size;
+  int64_t hot_offset;
+
+  int64_t count(int64_t first, int64_t last) const {
+    int64_t size = offsets[last * num_features] - offsets[first * num_features];
+    for (int64_t f = 0; f < num_features; ++f) {
+      const int64_t* ids = id_offsets + f * batch_size;
+      size += count_second(second, ids[first], ids[last]);
     }
-  });
-  std::partial_sum(first.begin(), first.end(), first.begin());
-  TwoRowsOutput out(first[num_blocks], num_bags);
-  int64_t* out_rows = out.rows.mutable_data_ptr<int64_t>();
-  int64_t* out_offsets = out.offsets.mutable_data_ptr<int64_t>();
-  int32_t* out_source = out.source.mutable_data_ptr<int32_t>();
-  const int64_t* row = rows.const_data_ptr<int64_t>();
-  torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
-    int64_t next = first[begin];
-    for (int64_t bag = begin * kBags; bag < std::min(num_bags, end * kBags); ++bag) {
+    return size;
+  }
+
+  void write(int64_t first, int64_t last, int64_t next, const TwoRowsOutput& out) const {
+    int64_t* out_rows = static_cast<int64_t*>(out.rows.data_ptr());
+    int64_t* out_offsets = static_cast<int64_t*>(out.offsets.data_ptr());
+    int32_t* out_source =
+        out.source.numel() > 0 ? static_cast<int32_t*>(out.source.data_ptr()) : nullptr;
+    for (int64_t bag = first * num_features; bag < last * num_features; ++bag) {
       out_offsets[bag] = next;
-      for (int64_t i = starts[bag]; i < starts[bag + 1]; ++i) {
-        out_rows[next] = row[i];
-        out_source[next++] = from[i];
-        if (medium[i] == 0) continue;
-        out_rows[next] = pool.second(shard[from[i]], key[from[i]]);
-        out_source[next++] = from[i];
+      const int64_t begin = offsets[bag];
+      const int64_t first_id = id_offsets[bag % num_features * batch_size + bag / num_features];
+      for (int64_t i = 0; i < offsets[bag + 1] - begin; ++i) {
+        const int32_t other = second[first_id + i];
+        if (out_source != nullptr) out_source[next] = static_cast<int32_t>(first_id + i);
+        out_rows[next++] = rows[begin + i];
+        if (other < 0) continue;
+        if (out_source != nullptr) out_source[next] = static_cast<int32_t>(first_id + i);
+        out_rows[next++] = hot_offset + other;
       }
     }
-  });
+  }
+};
+
+Rows add_second_rows_cpu(const Tensor& rows, const Tensor& offsets, const Tensor& id_offsets,
+                         const Tensor& second, int64_t num_features, int64_t hot_offset,
+                         bool with_source) {
+  check_second_rows(rows, offsets, id_offsets, second, num_features);
+  const int64_t num_bags = offsets.numel() - 1;
+  const TwoLevels in{rows.const_data_ptr<int64_t>(),
+                     offsets.const_data_ptr<int64_t>(),
+                     id_offsets.const_data_ptr<int64_t>(),
+                     second.const_data_ptr<int32_t>(),
+                     num_features,
+                     num_bags / num_features,
+                     hot_offset};
+  check_offsets(in.offsets, num_bags + 1, rows.numel());
+  check_offsets(in.id_offsets, num_bags + 1, rows.numel());
+  for (int64_t bag = 0; bag < num_bags; ++bag) {
+    const int64_t* ids = in.id_offsets + bag % num_features * in.batch_size + bag / num_features;
+    STD_TORCH_CHECK(ids[1] - ids[0] == in.offsets[bag + 1] - in.offsets[bag],
+                    "`id_offsets` must have the lengths of `offsets`, feature-major");
+  }
+  const int64_t samples = samples_per_block(num_features);
+  const int64_t num_blocks = (in.batch_size + samples - 1) / samples;
+  std::vector<int64_t> first(num_blocks + 1, 0);  // where each block's rows begin
+  const auto each_block = [&](const auto& run) {
+    torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        run(block, block * samples, std::min(in.batch_size, (block + 1) * samples));
+      }
+    });
+  };
+  each_block(
+      [&](int64_t block, int64_t begin, int64_t end) { first[block + 1] = in.count(begin, end); });
+  std::partial_sum(first.begin(), first.end(), first.begin());
+  const TwoRowsOutput out(first[num_blocks], num_bags, with_source);
+  each_block(
+      [&](int64_t block, int64_t begin, int64_t end) { in.write(begin, end, first[block], out); });
   return {out.rows, out.offsets, out.source};
 }
 
@@ -101,7 +137,7 @@ Rows quotient_remainder_cpu(const Tensor& ids, const Tensor& offsets, const Tens
   const int64_t batch_size = num_bags / num_features;
   const int64_t* starts = offsets.const_data_ptr<int64_t>();
   check_offsets(starts, num_bags + 1, num_ids);
-  TwoRowsOutput out(2 * num_ids, num_bags);
+  TwoRowsOutput out(2 * num_ids, num_bags, true);
   int64_t* out_rows = out.rows.mutable_data_ptr<int64_t>();
   int64_t* out_offsets = out.offsets.mutable_data_ptr<int64_t>();
   int32_t* out_source = out.source.mutable_data_ptr<int32_t>();
@@ -110,7 +146,7 @@ Rows quotient_remainder_cpu(const Tensor& ids, const Tensor& offsets, const Tens
   for (int64_t f = 0; f < num_features; ++f) {
     maps.push_back(QuotientRemainder::load(tables.const_data_ptr<int64_t>(), f));
   }
-  const int64_t samples = std::max<int64_t>(1, kBags / num_features);
+  const int64_t samples = samples_per_block(num_features);
   torch::stable::parallel_for(0, batch_size, samples, [&](int64_t begin, int64_t end) {
     int64_t next = 0;
     for (int64_t f = 0; f < num_features; ++f) {

@@ -8,7 +8,7 @@
 namespace torchrec_cafe {
 namespace {
 
-using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // lengths[1 + b * F + f] = length of bag (f, b); lengths[0] = 0. Lengths below 0, from offsets that
 // descend, count as 0.
@@ -27,6 +27,7 @@ struct RemapOutput {
   int32_t* source;  // or null
   int64_t* keys;    // of the ids as they come; null without hot rows
   int32_t* shards;
+  int32_t* second;  // of the ids as they come; null without second rows
 };
 
 __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __restrict__ ids,
@@ -49,10 +50,16 @@ __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __rest
       if (table.index >= 0 && out.keys != nullptr) {
         const int64_t key = table.key(mixed_id);
         shard = map.held_shard(table, shared_row, ratio);
-        if (shard >= 0) row = hot_row(sketch.buckets[sketch.bucket_index(shard, key)], key);
+        if (shard >= 0) {
+          const Bucket& bucket = sketch.buckets[sketch.bucket_index(shard, key)];
+          row = hot_row(bucket, key);
+          if (out.second != nullptr && is_medium(bucket, key)) {
+            out.second[from] = static_cast<int32_t>(map.pool.second(shard, key));
+          }
+        }
         out.keys[from] = key;
       }
-      out.rows[i] = row >= 0 ? map.physical_row(shard, row) : table.row_offset + shared_row;
+      out.rows[i] = row >= 0 ? map.pool.hot(shard, row) : table.row_offset + shared_row;
       if (out.source != nullptr) out.source[i] = static_cast<int32_t>(from);
       if (out.shards != nullptr) out.shards[from] = shard;
     }
@@ -61,11 +68,12 @@ __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __rest
 
 Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
                     const Tensor& buckets, int64_t first_shard, int64_t num_shards,
-                    int64_t rows_per_shard, int64_t hot_offset, bool with_source) {
-  check_remap(ids, offsets, tables, buckets, num_shards);
+                    int64_t hot_rows_per_shard, int64_t rows_per_shard, int64_t hot_offset,
+                    bool with_source) {
+  const PoolRows pool{hot_offset, rows_per_shard, hot_rows_per_shard};
+  check_remap(ids, offsets, tables, buckets, num_shards, pool);
   const torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
-  const RowMap map =
-      row_map(tables, offsets, buckets, first_shard, num_shards, rows_per_shard, hot_offset);
+  const RowMap map = row_map(tables, offsets, buckets, first_shard, num_shards, pool);
   const int64_t num_bags = offsets.numel() - 1;
   const int64_t num_ids = ids.numel();
   const int64_t num_tracked = num_shards > 0 ? num_ids : 0;
@@ -75,8 +83,11 @@ Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tabl
   Tensor keys = torch::stable::new_zeros(ids, {num_tracked});
   Tensor shards = torch::stable::new_empty(ids, {num_tracked}, ScalarType::Int);
   torch::stable::fill_(shards, -1);
+  const int64_t num_second = map.has_second_rows() ? num_tracked : 0;
+  Tensor second = torch::stable::new_empty(ids, {num_second}, ScalarType::Int);
+  torch::stable::fill_(second, -1);
   Tensor lengths = torch::stable::new_zeros(ids, {num_bags + 1});
-  if (num_bags == 0) return {rows, lengths, source, keys, shards};
+  if (num_bags == 0) return {rows, lengths, source, keys, shards, second};
   const cudaStream_t stream = current_stream(ids);
   bag_lengths_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
       offsets.const_data_ptr<int64_t>(), map.num_features, map.batch_size,
@@ -86,12 +97,13 @@ Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tabl
   const RemapOutput out{rows.mutable_data_ptr<int64_t>(),
                         with_source ? source.mutable_data_ptr<int32_t>() : nullptr,
                         num_tracked > 0 ? keys.mutable_data_ptr<int64_t>() : nullptr,
-                        num_tracked > 0 ? shards.mutable_data_ptr<int32_t>() : nullptr};
+                        num_tracked > 0 ? shards.mutable_data_ptr<int32_t>() : nullptr,
+                        num_second > 0 ? second.mutable_data_ptr<int32_t>() : nullptr};
   remap_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
       map, hot_sketch(buckets), ids.const_data_ptr<int64_t>(), num_ids,
       offsets.const_data_ptr<int64_t>(), out_offsets.const_data_ptr<int64_t>(), out);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {rows, out_offsets, source, keys, shards};
+  return {rows, out_offsets, source, keys, shards, second};
 }
 
 }  // namespace

@@ -11,49 +11,52 @@ namespace {
 
 using Rows = std::tuple<Tensor, Tensor, Tensor>;
 
-// What `add_second_rows` reads of a batch. Offsets out of range are cut.
-struct Batch {
+// The rows of bags, sample-major, and the second rows of their ids, feature-major. Offsets out of
+// range are cut.
+struct TwoLevels {
   const int64_t* rows;
   const int64_t* offsets;
-  const int32_t* source;
-  const int64_t* keys;
-  const int32_t* shards;
+  const int64_t* id_offsets;
+  const int32_t* second;
   int64_t num_ids;
-  int64_t num_bags;
+  int64_t num_features;
+  int64_t batch_size;
+  int64_t hot_offset;
 
+  __device__ int64_t num_bags() const { return num_features * batch_size; }
   __device__ int64_t begin(int64_t bag) const { return max(offsets[bag], int64_t{0}); }
-  __device__ int64_t end(int64_t bag) const { return min(offsets[bag + 1], num_ids); }
-  __device__ bool is_medium(const HotSketch& sketch, int64_t i) const {
-    const int32_t at = source[i];
-    if (at < 0 || at >= num_ids || shards[at] < 0 || shards[at] >= sketch.num_shards) return false;
-    return torchrec_cafe::is_medium(sketch.buckets[sketch.bucket_index(shards[at], keys[at])],
-                                    keys[at]);
+  __device__ int64_t first_id(int64_t bag) const {
+    return max(id_offsets[bag % num_features * batch_size + bag / num_features], int64_t{0});
+  }
+  __device__ int64_t length(int64_t bag) const {
+    const int64_t size = min(offsets[bag + 1], num_ids) - begin(bag);
+    return max(min(size, num_ids - first_id(bag)), int64_t{0});
   }
 };
 
 // lengths[1 + bag] = rows of the bag; lengths[0] = 0.
-__global__ void count_rows_kernel(Batch batch, HotSketch sketch, int64_t* __restrict__ lengths) {
-  for (int64_t bag = first_index(); bag < batch.num_bags; bag += index_stride()) {
-    int64_t length = 0;
-    for (int64_t i = batch.begin(bag); i < batch.end(bag); ++i) {
-      length += batch.is_medium(sketch, i) ? 2 : 1;
-    }
+__global__ void count_rows_kernel(TwoLevels in, int64_t* __restrict__ lengths) {
+  for (int64_t bag = first_index(); bag < in.num_bags(); bag += index_stride()) {
+    const int64_t size = in.length(bag);
+    const int32_t* second = in.second + in.first_id(bag);
+    int64_t length = size;
+    for (int64_t i = 0; i < size; ++i) length += second[i] >= 0;
     lengths[1 + bag] = length;
     if (bag == 0) lengths[0] = 0;
   }
 }
 
-__global__ void write_rows_kernel(Batch batch, HotSketch sketch, PoolRows pool,
-                                  const int64_t* __restrict__ out_offsets,
+__global__ void write_rows_kernel(TwoLevels in, const int64_t* __restrict__ out_offsets,
                                   int64_t* __restrict__ rows, int32_t* __restrict__ source) {
-  for (int64_t bag = first_index(); bag < batch.num_bags; bag += index_stride()) {
+  for (int64_t bag = first_index(); bag < in.num_bags(); bag += index_stride()) {
     int64_t next = out_offsets[bag];
-    for (int64_t i = batch.begin(bag); i < batch.end(bag); ++i) {
-      rows[next] = batch.rows[i];
-      source[next++] = batch.source[i];
-      if (!batch.is_medium(sketch, i)) continue;
-      rows[next] = pool.second(batch.shards[batch.source[i]], batch.keys[batch.source[i]]);
-      source[next++] = batch.source[i];
+    for (int64_t i = 0; i < in.length(bag); ++i) {
+      const int64_t id = in.first_id(bag) + i;
+      if (source != nullptr) source[next] = static_cast<int32_t>(id);
+      rows[next++] = in.rows[in.begin(bag) + i];
+      if (in.second[id] < 0) continue;
+      if (source != nullptr) source[next] = static_cast<int32_t>(id);
+      rows[next++] = in.hot_offset + in.second[id];
     }
   }
 }
@@ -66,39 +69,38 @@ int64_t last_value(const Tensor& tensor, cudaStream_t stream) {
   return value;
 }
 
-Rows add_second_rows_cuda(const Tensor& rows, const Tensor& offsets, const Tensor& source,
-                          const Tensor& keys, const Tensor& shards, const Tensor& buckets,
-                          int64_t hot_rows_per_shard, int64_t rows_per_shard, int64_t hot_offset) {
-  check_second_rows(rows, offsets, source, keys, shards, buckets, hot_rows_per_shard,
-                    rows_per_shard);
-  const HotSketch sketch = hot_sketch(buckets);
-  const int64_t num_bags = offsets.numel() - 1;
-  if (sketch.num_shards == 0 || sketch.num_buckets == 0 || num_bags == 0) {
-    return {rows, offsets, source};
-  }
+Rows add_second_rows_cuda(const Tensor& rows, const Tensor& offsets, const Tensor& id_offsets,
+                          const Tensor& second, int64_t num_features, int64_t hot_offset,
+                          bool with_source) {
+  check_second_rows(rows, offsets, id_offsets, second, num_features);
   const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
   const cudaStream_t stream = current_stream(rows);
-  const Batch batch{rows.const_data_ptr<int64_t>(),
-                    offsets.const_data_ptr<int64_t>(),
-                    source.const_data_ptr<int32_t>(),
-                    keys.const_data_ptr<int64_t>(),
-                    shards.const_data_ptr<int32_t>(),
-                    rows.numel(),
-                    num_bags};
-  const Tensor lengths = torch::stable::new_empty(rows, {num_bags + 1});
-  count_rows_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-      batch, sketch, static_cast<int64_t*>(lengths.data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const int64_t num_bags = offsets.numel() - 1;
+  const TwoLevels in{rows.const_data_ptr<int64_t>(),
+                     offsets.const_data_ptr<int64_t>(),
+                     id_offsets.const_data_ptr<int64_t>(),
+                     second.const_data_ptr<int32_t>(),
+                     rows.numel(),
+                     num_features,
+                     num_bags / num_features,
+                     hot_offset};
+  const Tensor lengths = torch::stable::new_zeros(rows, {num_bags + 1});
+  if (num_bags > 0) {
+    count_rows_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
+        in, static_cast<int64_t*>(lengths.data_ptr()));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
   Tensor out_offsets = cumsum(lengths);
   const int64_t size = last_value(out_offsets, stream);
   Tensor out_rows = torch::stable::new_empty(rows, {size});
-  Tensor out_source = torch::stable::new_empty(source, {size});
-  write_rows_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-      batch, sketch, PoolRows{hot_offset, rows_per_shard, hot_rows_per_shard},
-      out_offsets.const_data_ptr<int64_t>(), out_rows.mutable_data_ptr<int64_t>(),
-      out_source.mutable_data_ptr<int32_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {out_rows, out_offsets, out_source};
+  Tensor source = torch::stable::new_empty(second, {with_source ? size : 0});
+  if (num_bags > 0) {
+    write_rows_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
+        in, out_offsets.const_data_ptr<int64_t>(), out_rows.mutable_data_ptr<int64_t>(),
+        with_source ? source.mutable_data_ptr<int32_t>() : nullptr);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return {out_rows, out_offsets, source};
 }
 
 __global__ void double_lengths_kernel(const int64_t* __restrict__ offsets, int64_t num_features,

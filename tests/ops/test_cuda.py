@@ -55,10 +55,10 @@ def test_mixing_and_remapping_are_the_same_on_both():
     assert torch.equal(mixed, mixed_gpu.cpu())
     assert torch.equal(counts[0], counts[1].cpu())
 
-    state = SketchState.empty(shards=16, buckets=20, hot_rows=40)
+    state = SketchState.empty(shards=16, buckets=20, hot_rows=30)
     for batch in batches(4):
         ops.observe(state, *batch)
-        ops.rebalance(state, torch.arange(16))
+        ops.rebalance(state, torch.arange(16), num_medium=20)
     tables = torch.tensor([[3000, 16, 0, 0, 0], [9000, 9, 0, 16, -1], [3000, 32, 0, 25, 2]])
 
     def hot(device: str) -> ops.HotRows:
@@ -66,8 +66,7 @@ def test_mixing_and_remapping_are_the_same_on_both():
             buckets=on(device, state).buckets,
             first_shard=0,
             num_shards=16,
-            rows_per_shard=40,
-            offset=57,
+            rows=ops.PoolRows(offset=57, hot_rows_per_shard=30, second_rows_per_shard=10),
         )
 
     ids = ids.clamp(min=0)
@@ -95,7 +94,8 @@ def test_learning_is_the_same_on_both():
         empty = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
         for state, sums in zip(states, norms, strict=True):
             device = sums.device
-            batch = ops.Remapped(empty[0], empty[0], empty[1], keys.to(device), shards.to(device))
+            told = keys.to(device), shards.to(device)
+            batch = ops.Remapped(empty[0], empty[0], empty[1], *told, empty[1])
             ops.learn(
                 state,
                 sums,
@@ -131,12 +131,11 @@ def test_rows_of_a_pool_are_the_same_on_both():
                 buckets=state.buckets,
                 first_shard=0,
                 num_shards=16,
-                rows_per_shard=pool.rows_per_shard,
-                offset=pool.offset,
+                rows=pool,
             )
             given = ids.to(device), offsets.to(device), tables.to(device)
             batch = ops.remap(*given, hot)
-            two_rows = ops.add_second_rows(batch, state.buckets, pool)
+            two_rows = ops.add_second_rows(batch, given[1], pool, num_features=3)
             both = ops.quotient_remainder(*given)
             ops.observe(state, batch.keys, batch.shards, importance.to(device))
             selected = torch.arange(16, device=device)

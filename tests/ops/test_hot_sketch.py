@@ -175,9 +175,8 @@ from torchrec_cafe import ops
 generator = torch.Generator().manual_seed(0)
 state = ops.SketchState.empty(shards=16, buckets=8, hot_rows=20)
 tables = torch.tensor([[3000, 40, 0, 0, 0], [9, 9, 0, 40, -1]])
-hot = ops.HotRows(
-    buckets=state.buckets, first_shard=0, num_shards=16, rows_per_shard=20, offset=49
-)
+pool = ops.PoolRows(offset=49, hot_rows_per_shard=20, second_rows_per_shard=4)
+hot = ops.HotRows(buckets=state.buckets, first_shard=0, num_shards=16, rows=pool)
 digest = hashlib.sha256()
 for _ in range(6):
     ids = torch.randint(0, 9, (4000,), generator=generator)
@@ -187,7 +186,8 @@ for _ in range(6):
         state, remapped.keys, remapped.shards, torch.rand(4000, generator=generator), growth=1.1
     )
     ops.rebalance(state, torch.arange(16), hysteresis=0.1, num_medium=6)
-    for tensor in (*remapped, *state.tensors().values()):
+    lookups = ops.add_second_rows(remapped, torch.arange(4001), pool, num_features=2)
+    for tensor in (*remapped, *lookups, *state.tensors().values()):
         digest.update(tensor.numpy().tobytes())
 print(digest.hexdigest())
 """

@@ -23,6 +23,7 @@ def batch_of(keys: list[int], shards: list[int]) -> Remapped:
         source=torch.empty(0, dtype=torch.int32),
         keys=torch.tensor(keys, dtype=torch.int64),
         shards=torch.tensor(shards, dtype=torch.int32),
+        second=torch.empty(0, dtype=torch.int32),
     )
 
 

@@ -29,17 +29,23 @@ def learned(seed: int, num_medium: int = 2) -> SketchState:
     return state
 
 
-def remap(ids: torch.Tensor, state: SketchState) -> ops.Remapped:
-    size = ids.numel() // 2
-    offsets = torch.tensor([0, size, size, 2 * size])
-    hot = HotRows(
+def hot_rows(state: SketchState) -> HotRows:
+    return HotRows(
         buckets=state.buckets,
         first_shard=0,
         num_shards=SHARDS,
-        rows_per_shard=POOL.rows_per_shard,
-        offset=POOL.offset,
+        rows=POOL,
     )
-    return ops.remap(ids, offsets, TABLES, hot)
+
+
+def remap(ids: torch.Tensor, state: SketchState) -> ops.Remapped:
+    return ops.remap(ids, offsets_of(ids), TABLES, hot_rows(state))
+
+
+def offsets_of(ids: torch.Tensor) -> torch.Tensor:
+    """Two samples' worth of ids of the first table, none of the second, the rest of the third."""
+    half = ids.numel() // 4
+    return torch.tensor([0, half, 2 * half, 2 * half, 2 * half, 3 * half, ids.numel()])
 
 
 @given(seed=st.integers(0, 1000), num_medium=st.integers(0, 6), count=st.integers(0, 20))
@@ -47,9 +53,13 @@ def remap(ids: torch.Tensor, state: SketchState) -> ops.Remapped:
 def test_second_rows_match_reference(seed, num_medium, count):
     state = learned(seed, num_medium)
     generator = torch.Generator().manual_seed(seed + 1)
-    batch = remap(torch.randint(0, 11, (2 * count,), generator=generator), state)
-    got = ops.add_second_rows(batch, state.buckets, POOL)
-    expected = reference.add_second_rows(batch, state.buckets, POOL)
+    ids = torch.randint(0, 11, (count,), generator=generator)
+    batch, offsets = remap(ids, state), offsets_of(ids)
+    hot = hot_rows(state)
+    assert torch.equal(batch.second, reference.remap(ids, offsets, TABLES, hot).second)
+    options = {"num_features": 3, "with_source": bool(seed % 2)}
+    got = ops.add_second_rows(batch, offsets, POOL, **options)
+    expected = reference.add_second_rows(batch, offsets, POOL, **options)
     for name in got._fields:
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     assert ((got.rows >= 0) & (got.rows < NUM_ROWS)).all()
@@ -59,14 +69,11 @@ def test_second_rows_match_reference(seed, num_medium, count):
 
 def test_medium_ids_have_their_shared_row_and_a_second_one():
     state = learned(3)
-    batch = remap(torch.arange(11).repeat(2), state)
-    got = ops.add_second_rows(batch, state.buckets, POOL)
-    lengths = got.rows.numel() - batch.rows.numel()
-    medium = (state.hot_rows == ops.MEDIUM).sum()
-    assert lengths == medium > 0
+    ids = torch.arange(12) % 11
+    batch = remap(ids, state)
+    got = ops.add_second_rows(batch, offsets_of(ids), POOL, num_features=3)
+    assert got.rows.numel() - batch.rows.numel() == (batch.second >= 0).sum() > 0
     # The second row is of the id's own shard, so that both are on one rank.
-    first = torch.searchsorted(got.source.sort().values, got.source)
-    assert first.numel() == got.rows.numel()
     for position in range(got.rows.numel() - 1):
         if got.source[position] != got.source[position + 1]:
             continue
@@ -167,8 +174,8 @@ def test_opcheck():
     torch.library.opcheck(
         operators.add_second_rows,
         (
-            *(batch.rows, batch.offsets, batch.source, batch.keys, batch.shards, state.buckets),
-            *(HOT, POOL.rows_per_shard, POOL.offset),
+            *(batch.rows, batch.offsets, offsets_of(torch.arange(8)), batch.second),
+            *(3, POOL.offset, True),
         ),
     )
     torch.library.opcheck(
@@ -190,13 +197,17 @@ def test_errors_name_the_argument():
     batch = remap(torch.arange(8) % 11, state)
     with pytest.raises(ValueError, match="`second_rows_per_shard` must be >= 0, got -1"):
         PoolRows(offset=0, hot_rows_per_shard=1, second_rows_per_shard=-1)
-    none = PoolRows(offset=17, hot_rows_per_shard=HOT)
-    with pytest.raises(ValueError, match="`rows_per_shard` must be more than the hot rows"):
-        ops.add_second_rows(batch, state.buckets, none)
-    with pytest.raises(TypeError, match=r"`batch.keys` must be torch.int64, got torch.int32"):
-        ops.add_second_rows(batch._replace(keys=batch.keys.int()), state.buckets, POOL)
-    with pytest.raises(ValueError, match=r"`shards` must be in \[-1, 4\)"):
-        ops.add_second_rows(batch._replace(shards=batch.shards + 4), state.buckets, POOL)
+    offsets = offsets_of(torch.arange(8))
+    wrong = batch._replace(second=batch.second.long())
+    with pytest.raises(TypeError, match=r"`batch.second` must be torch.int32, got torch.int64"):
+        ops.add_second_rows(wrong, offsets, POOL, num_features=3)
+    with pytest.raises(ValueError, match=r"features \* batch \+ 1 elements, got 7 for 4 features"):
+        ops.add_second_rows(batch, offsets, POOL, num_features=4)
+    other = torch.tensor([0, 1, 4, 4, 4, 6, 8])
+    with pytest.raises(ValueError, match="`id_offsets` must have the lengths of `offsets`"):
+        ops.add_second_rows(batch, other, POOL, num_features=3)
+    with pytest.raises(ValueError, match="`offsets` must ascend from 0"):
+        ops.add_second_rows(batch, offsets.flip(0), POOL, num_features=3)
     with pytest.raises(ValueError, match=r"features \* batch \+ 1 elements, got 2 for 3"):
         ops.quotient_remainder(torch.arange(4), torch.tensor([0, 4]), TABLES)
     with pytest.raises(ValueError, match="`offsets` must ascend from 0"):

@@ -71,8 +71,7 @@ def hot_rows_of(state: SketchState) -> ops.HotRows:
         buckets=state.buckets,
         first_shard=0,
         num_shards=4,
-        rows_per_shard=3,
-        offset=13,
+        rows=ops.PoolRows(offset=13, hot_rows_per_shard=3),
     )
 
 
@@ -173,7 +172,7 @@ def test_opcheck():
         torch.ops.torchrec_cafe.remap,
         (
             *(torch.arange(6), torch.tensor([0, 2, 4, 6]), TABLES, state.buckets),
-            *(0, 4, 3, 13, True),
+            *(0, 4, 3, 4, 13, True),
         ),
     )
 

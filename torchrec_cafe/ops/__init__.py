@@ -24,7 +24,6 @@ from torchrec_cafe.ops.learning import learn
 from torchrec_cafe.ops.pool_rows import (
     Lookups,
     Moves,
-    PoolRows,
     add_second_rows,
     move_rows,
     quotient_remainder,
@@ -32,6 +31,7 @@ from torchrec_cafe.ops.pool_rows import (
 from torchrec_cafe.ops.row_map import (
     TABLE_COLUMNS,
     HotRows,
+    PoolRows,
     Remapped,
     first_mixed_id,
     mix_ids,

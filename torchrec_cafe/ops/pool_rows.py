@@ -5,46 +5,13 @@ Shape legend: N occurrences, S virtual shards, W buckets and H hot rows a shard,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
-from torchrec_cafe.ops.row_map import TABLE_COLUMNS, Remapped
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolRows:
-    """Where the rows of a pool lie: shard after shard, in each the hot rows before second rows.
-
-    Attributes:
-        offset: physical row of the first, >= 0.
-        hot_rows_per_shard: rows that ids own, >= 1.
-        second_rows_per_shard: rows that medium ids add to their shared row, >= 0.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-
-    offset: int
-    hot_rows_per_shard: int
-    second_rows_per_shard: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the numbers; see the class."""
-        least = {"offset": 0, "hot_rows_per_shard": 1, "second_rows_per_shard": 0}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(
-                    f"PoolRows: `{name}` must be >= {lowest}, got {getattr(self, name)}"
-                )
-
-    @property
-    def rows_per_shard(self) -> int:
-        """Rows of a virtual shard."""
-        return self.hot_rows_per_shard + self.second_rows_per_shard
+from torchrec_cafe.ops.row_map import TABLE_COLUMNS, PoolRows, Remapped
 
 
 class Lookups(NamedTuple):
@@ -132,19 +99,28 @@ def move_rows(
         raise value_error("move_rows", error) from None
 
 
-def add_second_rows(batch: Remapped, buckets: Tensor, pool: PoolRows) -> Lookups:
+def add_second_rows(
+    batch: Remapped,
+    id_offsets: Tensor,
+    pool: PoolRows,
+    *,
+    num_features: int,
+    with_source: bool = True,
+) -> Lookups:
     """Let each medium id look up a second row after its shared row: its bag sums the two.
 
     Args:
-        batch: what :func:`remap` made of the batch, with its ``source``; fewer than 2**30
-            occurrences.
-        buckets: int64 ``[S, W, 8]``, of the sketch that knows which ids are medium.
-        pool: where the second rows lie, at least one a shard.
+        batch: what :func:`remap` made of the batch; fewer than 2**30 ids.
+        id_offsets: int64 ``[F * B + 1]``, as :func:`remap` took them.
+        pool: where the second rows lie.
+        num_features: F, >= 1.
+        with_source: whether to say which id each row came from; otherwise ``source`` is ``[0]``.
 
     Raises:
         TypeError: if a dtype is not the one above.
-        ValueError: if a shape or a number is not the one above, the devices differ, or offsets or
-            shards are out of range; the last cannot be seen on CUDA.
+        ValueError: if a shape is not the one above, the devices differ, or the offsets do not fit
+            each other; the last cannot be seen on CUDA, where no memory outside the arguments is
+            read.
 
     Note:
         Deterministic. Nothing is mutated. Not differentiable. On CUDA it waits for the device once,
@@ -157,29 +133,26 @@ def add_second_rows(batch: Remapped, buckets: Tensor, pool: PoolRows) -> Lookups
             torch.ops.torchrec_cafe.add_second_rows.default(
                 batch.rows,
                 batch.offsets,
-                batch.source,
-                batch.keys,
-                batch.shards,
-                buckets,
-                pool.hot_rows_per_shard,
-                pool.rows_per_shard,
+                id_offsets,
+                batch.second,
+                num_features,
                 pool.offset,
+                with_source,
             )
         )
     except RuntimeError as error:
-        size = tuple(batch.rows.shape)
-        wanted = {
-            "rows": torch.int64,
-            "source": torch.int32,
-            "keys": torch.int64,
-            "shards": torch.int32,
-        }
-        for name, dtype in wanted.items():
-            check_tensor("add_second_rows", f"batch.{name}", getattr(batch, name), dtype, size)
-        check_tensor("add_second_rows", "batch.offsets", batch.offsets, torch.int64, (None,))
-        check_tensor("add_second_rows", "buckets", buckets, torch.int64, (None, None, 8))
-        check_same_device("add_second_rows", rows=batch.rows, buckets=buckets)
-        raise value_error("add_second_rows", error) from None
+        op, size = "add_second_rows", tuple(batch.rows.shape)
+        check_tensor(op, "batch.rows", batch.rows, torch.int64, (None,))
+        check_tensor(op, "batch.second", batch.second, torch.int32, size)
+        check_tensor(op, "batch.offsets", batch.offsets, torch.int64, (None,))
+        check_tensor(op, "id_offsets", id_offsets, torch.int64, tuple(batch.offsets.shape))
+        check_same_device(op, rows=batch.rows, id_offsets=id_offsets, second=batch.second)
+        if num_features < 1 or id_offsets.numel() == 0 or (id_offsets.numel() - 1) % num_features:
+            raise ValueError(
+                f"{op}: `id_offsets` must have features * batch + 1 elements, got "
+                f"{id_offsets.numel()} for {num_features} features"
+            ) from None
+        raise value_error(op, error) from None
 
 
 def quotient_remainder(ids: Tensor, offsets: Tensor, tables: Tensor) -> Lookups:
@@ -244,17 +217,16 @@ def _(  # noqa: PLR0913  the schema has as many arguments
 def _(  # noqa: PLR0913  the schema has as many arguments
     rows: Tensor,
     offsets: Tensor,
-    source: Tensor,
-    keys: Tensor,
-    shards: Tensor,
-    buckets: Tensor,
-    hot_rows_per_shard: int,
-    rows_per_shard: int,
+    id_offsets: Tensor,
+    second: Tensor,
+    num_features: int,
     hot_offset: int,
+    with_source: bool,  # noqa: FBT001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_same_device("add_second_rows", rows=rows, keys=keys, buckets=buckets)
+    check_same_device("add_second_rows", rows=rows, id_offsets=id_offsets, second=second)
     size = torch.library.get_ctx().new_dynamic_size()
-    return rows.new_empty(size), torch.empty_like(offsets), source.new_empty(size)
+    source = second.new_empty(size if with_source else 0)
+    return rows.new_empty(size), torch.empty_like(offsets), source
 
 
 @torch.library.register_fake("torchrec_cafe::quotient_remainder")

@@ -24,8 +24,8 @@ from torchrec_cafe.ops.hot_sketch import (
     WEAR,
     SketchState,
 )
-from torchrec_cafe.ops.pool_rows import Lookups, Moves, PoolRows
-from torchrec_cafe.ops.row_map import HotRows, Remapped
+from torchrec_cafe.ops.pool_rows import Lookups, Moves
+from torchrec_cafe.ops.row_map import HotRows, PoolRows, Remapped
 
 _WORD = 2**64
 INFLATION_LIMIT = 2.0**60
@@ -99,7 +99,8 @@ def remap(
     features = tables.shape[0]
     batch_size = (offsets.numel() - 1) // features
     rows, out_offsets, source = [], [0], []
-    keys, shards = [0] * ids.numel(), [-1] * ids.numel()
+    keys, shards, second = [0] * ids.numel(), [-1] * ids.numel(), [-1] * ids.numel()
+    pool = hot.rows
     for sample in range(batch_size):
         for feature in range(features):
             num_ids, shared_rows, first_id, row_offset, index, *_ = tables[feature].tolist()
@@ -119,7 +120,10 @@ def remap(
                             slots = hot.buckets.view(torch.int32)[shard, place[0], 3 * SLOTS :]
                             hot_row = int(slots[place[1]])
                         if hot_row >= 0:
-                            row = hot.offset + shard * hot.rows_per_shard + hot_row
+                            row = pool.offset + shard * pool.rows_per_shard + hot_row
+                        if hot_row == MEDIUM:
+                            at = second_row(keys[i], pool.second_rows_per_shard)
+                            second[i] = shard * pool.rows_per_shard + pool.hot_rows_per_shard + at
                 rows.append(row)
                 source.append(i)
             out_offsets.append(len(rows))
@@ -130,6 +134,9 @@ def remap(
         source=torch.tensor(source if with_source else [], dtype=torch.int32),
         keys=torch.tensor(keys[:known], dtype=torch.int64),
         shards=torch.tensor(shards[:known], dtype=torch.int32),
+        second=torch.tensor(
+            second[: known if pool.second_rows_per_shard else 0], dtype=torch.int32
+        ),
     )
 
 
@@ -303,27 +310,32 @@ def move_rows(
                 )
 
 
-def add_second_rows(batch: Remapped, buckets: Tensor, pool: PoolRows) -> Lookups:
+def add_second_rows(
+    batch: Remapped,
+    id_offsets: Tensor,
+    pool: PoolRows,
+    *,
+    num_features: int,
+    with_source: bool = True,
+) -> Lookups:
     """See :func:`torchrec_cafe.ops.add_second_rows`."""
+    batch_size = (id_offsets.numel() - 1) // num_features
     rows, offsets, source = [], [0], []
     for bag in range(batch.offsets.numel() - 1):
-        for i in range(int(batch.offsets[bag]), int(batch.offsets[bag + 1])):
-            at = int(batch.source[i])
-            key, shard = int(batch.keys[at]), int(batch.shards[at])
-            found = [int(batch.rows[i])]
-            place = find(buckets, shard, key) if shard >= 0 else None
-            if place is not None and (
-                int(buckets.view(torch.int32)[shard, place[0], 12 + place[1]]) == MEDIUM
-            ):
-                first = pool.offset + shard * pool.rows_per_shard + pool.hot_rows_per_shard
-                found.append(first + second_row(key, pool.second_rows_per_shard))
+        first_id = int(id_offsets[bag % num_features * batch_size + bag // num_features])
+        begin, end = int(batch.offsets[bag]), int(batch.offsets[bag + 1])
+        for i in range(end - begin):
+            found = [int(batch.rows[begin + i])]
+            second = int(batch.second[first_id + i])
+            if second >= 0:
+                found.append(pool.offset + second)
             rows += found
-            source += [int(batch.source[i])] * len(found)
+            source += [first_id + i] * len(found)
         offsets.append(len(rows))
     return Lookups(
         torch.tensor(rows, dtype=torch.int64),
         torch.tensor(offsets, dtype=torch.int64),
-        torch.tensor(source, dtype=torch.int32),
+        torch.tensor(source if with_source else [], dtype=torch.int32),
     )
 
 

@@ -32,6 +32,8 @@ class Remapped(NamedTuple):
             without hot rows.
         shards: int32 ``[N]``, virtual shard of each id on this rank, -1 where it is not tracked;
             ``[0]`` without hot rows.
+        second: int32 ``[N]``, second row of each id that is medium, counted from the first row of
+            the pool, or -1; ``[0]`` without second rows.
     """
 
     rows: Tensor
@@ -39,6 +41,7 @@ class Remapped(NamedTuple):
     source: Tensor
     keys: Tensor
     shards: Tensor
+    second: Tensor
 
 
 def mix_ids(
@@ -87,15 +90,43 @@ def mix_ids(
 
 
 @dataclass(frozen=True, kw_only=True)
+class PoolRows:
+    """Where the rows of a pool lie: shard after shard, in each the hot rows before second rows.
+
+    Attributes:
+        offset: physical row of the first, >= 0.
+        hot_rows_per_shard: rows of a shard that ids own, >= 0.
+        second_rows_per_shard: rows of a shard that medium ids add to their shared row, >= 0.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    offset: int
+    hot_rows_per_shard: int
+    second_rows_per_shard: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers; see the class."""
+        for name in ("offset", "hot_rows_per_shard", "second_rows_per_shard"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"PoolRows: `{name}` must be >= 0, got {getattr(self, name)}")
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of a virtual shard."""
+        return self.hot_rows_per_shard + self.second_rows_per_shard
+
+
+@dataclass(frozen=True, kw_only=True)
 class HotRows:
-    """Where :func:`remap` finds the ids that own a row.
+    """Where :func:`remap` finds the ids that own a row, and those that have two.
 
     Attributes:
         buckets: int64 ``[S, W, 8]``, of the sketch.
         first_shard: global number of this rank's first virtual shard, >= 0.
         num_shards: virtual shards over all ranks, in [0, 65536].
-        rows_per_shard: hot rows of a virtual shard, >= 0.
-        offset: physical row of the first hot row, >= 0.
+        rows: where the rows lie.
 
     Raises:
         TypeError: if a dtype is not the one above.
@@ -105,17 +136,15 @@ class HotRows:
     buckets: Tensor
     first_shard: int
     num_shards: int
-    rows_per_shard: int
-    offset: int
+    rows: PoolRows
 
     def __post_init__(self) -> None:
         """Check the arguments; see the class."""
         check_tensor("HotRows", "buckets", self.buckets, torch.int64, (None, None, 8))
         if not 0 <= self.num_shards <= 65536:
             raise ValueError(f"HotRows: `num_shards` must be in [0, 65536], got {self.num_shards}")
-        for name in ("first_shard", "rows_per_shard", "offset"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"HotRows: `{name}` must be >= 0, got {getattr(self, name)}")
+        if self.first_shard < 0:
+            raise ValueError(f"HotRows: `first_shard` must be >= 0, got {self.first_shard}")
 
     @classmethod
     def none(cls, device: torch.device | None = None) -> HotRows:
@@ -124,8 +153,7 @@ class HotRows:
             buckets=torch.zeros((0, 0, 8), dtype=torch.int64, device=device),
             first_shard=0,
             num_shards=0,
-            rows_per_shard=0,
-            offset=0,
+            rows=PoolRows(offset=0, hot_rows_per_shard=0),
         )
 
 
@@ -166,8 +194,9 @@ def remap(
                 hot.buckets,
                 hot.first_shard,
                 hot.num_shards,
-                hot.rows_per_shard,
-                hot.offset,
+                hot.rows.hot_rows_per_shard,
+                hot.rows.rows_per_shard,
+                hot.rows.offset,
                 with_source,
             )
         )
@@ -208,10 +237,11 @@ def _(  # noqa: PLR0913  the schema has as many arguments
     buckets: Tensor,
     first_shard: int,
     num_shards: int,
+    hot_rows_per_shard: int,
     rows_per_shard: int,
     hot_offset: int,
     with_source: bool,  # noqa: FBT001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_same_device("remap", ids=ids, offsets=offsets, tables=tables, buckets=buckets)
     tracked = ids.shape[0] if num_shards > 0 else 0
     return (
@@ -220,4 +250,5 @@ def _(  # noqa: PLR0913  the schema has as many arguments
         ids.new_empty(ids.shape[0] if with_source else 0, dtype=torch.int32),
         ids.new_empty(tracked),
         ids.new_empty(tracked, dtype=torch.int32),
+        ids.new_empty(tracked if rows_per_shard > hot_rows_per_shard else 0, dtype=torch.int32),
     )

@@ -133,8 +133,7 @@ class HotRowPool(nn.Module):
                 buckets=buckets,
                 first_shard=self.layout.first_shard,
                 num_shards=self.layout.num_shards,
-                rows_per_shard=self.layout.rows.rows_per_shard,
-                offset=self.layout.rows.offset,
+                rows=self.layout.rows,
             )
         return self._hot_rows
 

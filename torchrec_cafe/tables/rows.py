@@ -139,10 +139,19 @@ class SharedRows(RowLookup):
             return Lookups(batch.rows, batch.offsets, batch.source), None
         layout = self.pool.layout.rows
         two_rows = layout.second_rows_per_shard > 0
-        hot = self.pool.hot_rows()
-        batch = remap(ids, offsets, self._tables, hot, with_source=with_source or two_rows)
+        batch = remap(
+            ids,
+            offsets,
+            self._tables,
+            self.pool.hot_rows(),
+            with_source=with_source and not two_rows,
+        )
         if two_rows:
-            return add_second_rows(batch, self.pool.sketch.buckets, layout), batch
+            features = self.num_features
+            lookups = add_second_rows(
+                batch, offsets, layout, num_features=features, with_source=with_source
+            )
+            return lookups, batch
         return Lookups(batch.rows, batch.offsets, batch.source), batch
 
 
