@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -39,6 +41,7 @@ def make(
 
     With ``second``, each of the two shards has so many second rows besides.
     """
+    options = {"half_life": math.inf} | options
     kind = Cafe(compression=2, num_shards=SHARDS, rebalance_interval=1, **options)  # pyright: ignore[reportArgumentType]
     tbe = RowRangeTBE(
         [SHARED, 5, SHARDS * (HOT + second)],
