@@ -21,7 +21,7 @@ import torchrec_cafe as tc
 
 #: rows of each table; the first two are compressed by Cafe, the third by Hash, the last is fused
 SIZES = {"t_big": 5000, "t_small": 12, "t_hash": 700, "t_fused": 97}
-CAFE = tc.Cafe(compression=5, num_shards=8, rebalance_interval=4, half_life=50)
+CAFE = tc.Cafe(compression=5, num_shards=8, rebalance_interval=4, half_life=50, medium_fraction=0.0)
 HASH = tc.Hash(compression=7)
 #: every kind that a whole collection is tried with
 KINDS = {
