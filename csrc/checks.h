@@ -57,23 +57,29 @@ inline void check_count(int64_t count, const char* name) {
   STD_TORCH_CHECK(count < (int64_t{1} << 31), name, " must have fewer than 2**31 elements");
 }
 
-inline void check_remap(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
-                        const Tensor& buckets, int64_t num_shards, const PoolRows& pool) {
+// Ids of the bags of a batch, and a row of `tables` for each feature.
+inline void check_bags(const Tensor& ids, const Tensor& offsets, const Tensor& tables) {
   check_tensor(ids, "ids", ScalarType::Long, 1);
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
   check_tensor(tables, "tables", ScalarType::Long, 2);
-  check_buckets(buckets);
-  check_device(ids, offsets, tables, buckets);
+  check_device(ids, offsets, tables);
   check_count(ids.numel(), "ids");
   check_count(offsets.numel(), "offsets");
-  STD_TORCH_CHECK(num_shards >= 0 && num_shards <= 65536, "num_shards must be in [0, 65536]");
-  STD_TORCH_CHECK(pool.hot_rows_per_shard >= 0 && pool.rows_per_shard >= pool.hot_rows_per_shard,
-                  "`rows_per_shard` must be at least the hot rows of a shard");
-  check_count(buckets.size(0) * pool.rows_per_shard, "the rows of a pool");
   STD_TORCH_CHECK(tables.size(1) == kTableColumns, "tables must have ", kTableColumns, " columns");
   STD_TORCH_CHECK(tables.size(0) > 0, "tables must have at least one row");
   STD_TORCH_CHECK(offsets.numel() > 0 && (offsets.numel() - 1) % tables.size(0) == 0,
                   "offsets must have features * batch + 1 elements");
+}
+
+inline void check_remap(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
+                        const Tensor& buckets, int64_t num_shards, const PoolRows& pool) {
+  check_bags(ids, offsets, tables);
+  check_buckets(buckets);
+  check_device(ids, buckets);
+  STD_TORCH_CHECK(num_shards >= 0 && num_shards <= 65536, "num_shards must be in [0, 65536]");
+  STD_TORCH_CHECK(pool.hot_rows_per_shard >= 0 && pool.rows_per_shard >= pool.hot_rows_per_shard,
+                  "`rows_per_shard` must be at least the hot rows of a shard");
+  check_count(buckets.size(0) * pool.rows_per_shard, "the rows of a pool");
 }
 
 inline void check_statistics(const Tensor& buckets, const Tensor& inflation,
@@ -147,33 +153,24 @@ inline void check_move_rows(const Tensor& rows, const Tensor& actions, const Ten
                   "`rows_per_shard` must be at least the hot rows of a shard");
 }
 
-inline void check_second_rows(const Tensor& rows, const Tensor& offsets, const Tensor& id_offsets,
-                              const Tensor& second, int64_t num_features) {
+inline void check_second_rows(const Tensor& rows, const Tensor& offsets, const Tensor& source,
+                              const Tensor& second) {
   check_tensor(rows, "rows", ScalarType::Long, 1);
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
-  check_tensor(id_offsets, "id_offsets", ScalarType::Long, 1);
+  check_tensor(source, "source", ScalarType::Int, 1);
   check_tensor(second, "second", ScalarType::Int, 1);
-  check_device(rows, offsets, id_offsets, second);
+  check_device(rows, offsets, source, second);
   check_count(2 * rows.numel(), "twice rows");
   STD_TORCH_CHECK(second.numel() == rows.numel(), "rows and second must have the same length");
-  STD_TORCH_CHECK(num_features > 0 && offsets.numel() > 0 &&
-                      (offsets.numel() - 1) % num_features == 0 &&
-                      id_offsets.numel() == offsets.numel(),
-                  "offsets and id_offsets must have features * batch + 1 elements");
+  STD_TORCH_CHECK(source.numel() == 0 || source.numel() == rows.numel(),
+                  "source must be empty or as long as rows");
+  STD_TORCH_CHECK(offsets.numel() > 0, "`offsets` must have at least one element");
 }
 
 inline void check_quotient_remainder(const Tensor& ids, const Tensor& offsets,
                                      const Tensor& tables) {
-  check_tensor(ids, "ids", ScalarType::Long, 1);
-  check_tensor(offsets, "offsets", ScalarType::Long, 1);
-  check_tensor(tables, "tables", ScalarType::Long, 2);
-  check_device(ids, offsets, tables);
+  check_bags(ids, offsets, tables);
   check_count(2 * ids.numel(), "twice ids");
-  check_count(offsets.numel(), "offsets");
-  STD_TORCH_CHECK(tables.size(1) == kTableColumns, "tables must have ", kTableColumns, " columns");
-  STD_TORCH_CHECK(tables.size(0) > 0, "tables must have at least one row");
-  STD_TORCH_CHECK(offsets.numel() > 0 && (offsets.numel() - 1) % tables.size(0) == 0,
-                  "offsets must have features * batch + 1 elements");
 }
 
 inline void check_rebalance(const Tensor& selected, const Tensor& buckets, const Tensor& owners,

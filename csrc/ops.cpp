@@ -27,8 +27,7 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       "move_rows(Tensor(a!) rows, Tensor actions, Tensor new_keys, Tensor selected, Tensor tables,"
       " int rows_per_shard, int hot_offset, float second_factor) -> ()");
   m.def(
-      "add_second_rows(Tensor rows, Tensor offsets, Tensor id_offsets, Tensor second,"
-      " int num_features, int hot_offset, bool with_source)"
+      "add_second_rows(Tensor rows, Tensor offsets, Tensor source, Tensor second, int hot_offset)"
       " -> (Tensor rows, Tensor offsets, Tensor source)");
   m.def(
       "quotient_remainder(Tensor ids, Tensor offsets, Tensor tables)"

@@ -40,7 +40,7 @@ struct RemapOutput {
   int32_t* source;  // or null
   int64_t* keys;    // of the ids as they come; null without hot rows
   int32_t* shards;
-  int32_t* second;  // of the ids as they come; null without second rows
+  int32_t* second;  // of `rows`; null without second rows
 };
 
 struct Kernels {
@@ -59,15 +59,16 @@ struct Kernels {
   void (*observe_owned)(const HotSketch& sketch, const Occurrences& seen, uint64_t groups,
                         Events* events);
 
-  // Norms of the bags of some samples, [num_samples, num_features], in the columns given; they are
-  // added to `sums`, [num_features].
+  // Norms of the bags of some samples, in the columns given: one column after the other, `stride`
+  // apart. They are added to `sums`, [num_columns].
   void (*bag_norms)(const float* grad, int64_t dim, const int64_t* columns, int64_t num_columns,
-                    int64_t num_features, int64_t num_samples, float* norms, NormSum* sums);
+                    int64_t num_features, int64_t num_samples, float* norms, int64_t stride,
+                    NormSum* sums);
 
-  // Importance of the occurrences of some bags of a feature: the norm of the bag, times the scale,
-  // times the magnitude of the weight if there are weights. `norms` of the bags are `stride` apart.
-  void (*weigh)(const float* norms, int64_t stride, float scale, const int64_t* offsets,
-                int64_t num_samples, const float* weights, float* importance);
+  // Importance of the occurrences of the bags of a feature: the norm of the bag, times the scale,
+  // times the magnitude of the weight if there are weights.
+  void (*weigh)(const float* norms, float scale, const int64_t* offsets, int64_t num_samples,
+                const float* weights, float* importance);
 
   // Multiplies the scores of a shard by kRenormalise.
   void (*renormalise)(Bucket* buckets, int64_t num_buckets);

@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/observe.h"
+#include "cpu/offsets.h"
 
 namespace torchrec_cafe {
 namespace {
@@ -20,17 +21,15 @@ int64_t per_thread(int64_t numbers_per_item) {
 }
 
 // Adds each table's norms of this batch to its running mean, and returns what to multiply the norms
-// of each feature by.
-std::vector<float> update_means(const std::vector<NormSum>& blocks, const int64_t* features,
-                                int64_t num_features, NormSum* norms, int64_t num_shards,
-                                int64_t num_tables, double decay) {
-  const int64_t num_blocks = static_cast<int64_t>(blocks.size()) / num_features;
+// of each tracked feature by. `blocks` are sums of the norms of some samples, [.., tracked].
+std::vector<float> update_means(const std::vector<NormSum>& blocks, const int64_t* tables,
+                                const std::vector<int64_t>& tracked, NormSum* norms,
+                                int64_t num_shards, int64_t num_tables, double decay) {
   std::vector<NormSum> seen(num_tables);
-  for (int64_t f = 0; f < num_features; ++f) {
-    if (features[f] < 0) continue;
+  for (size_t t = 0; t < tracked.size(); ++t) {
     NormSum sum;
-    for (int64_t block = 0; block < num_blocks; ++block) sum.add(blocks[block * num_features + f]);
-    seen[features[f]].add(sum);
+    for (size_t at = t; at < blocks.size(); at += tracked.size()) sum.add(blocks[at]);
+    seen[tables[tracked[t]]].add(sum);
   }
   for (int64_t t = 0; t < num_tables; ++t) {
     NormSum running = norms[t];
@@ -38,10 +37,8 @@ std::vector<float> update_means(const std::vector<NormSum>& blocks, const int64_
     running.add(seen[t]);
     for (int64_t s = 0; s < num_shards; ++s) norms[s * num_tables + t] = running;
   }
-  std::vector<float> scales(num_features, 0.0f);
-  for (int64_t f = 0; f < num_features; ++f) {
-    if (features[f] >= 0) scales[f] = norms[features[f]].scale();
-  }
+  std::vector<float> scales;
+  for (const int64_t f : tracked) scales.push_back(norms[tables[f]].scale());
   return scales;
 }
 
@@ -60,12 +57,7 @@ std::vector<Range> tracked_ranges(const std::vector<int64_t>& tracked, const int
   return ranges;
 }
 
-void check_values(const Tensor& offsets, const Tensor& keys, const Tensor& features,
-                  int64_t num_tables) {
-  const int64_t* offset = offsets.const_data_ptr<int64_t>();
-  STD_TORCH_CHECK(kernels().offsets_ascend(offset, offsets.numel()) && offset[0] == 0 &&
-                      offset[offsets.numel() - 1] == keys.numel(),
-                  "`offsets` must ascend from 0 to the number of ids, ", keys.numel());
+void check_features(const Tensor& features, int64_t num_tables) {
   const int64_t* table = features.const_data_ptr<int64_t>();
   for (int64_t f = 0; f < features.numel(); ++f) {
     STD_TORCH_CHECK(table[f] >= -1 && table[f] < num_tables, "`features` must be in [-1, ",
@@ -84,7 +76,8 @@ void learn_cpu(const Tensor& grad, const Tensor& offsets, const Tensor& keys, co
   const int64_t num_shards = norms.size(0);
   const int64_t* table = features.const_data_ptr<int64_t>();
   const int64_t* offset = offsets.const_data_ptr<int64_t>();
-  check_values(offsets, keys, features, norms.size(1));
+  check_offsets(offset, offsets.numel(), keys.numel());
+  check_features(features, norms.size(1));
   std::vector<int64_t> tracked;
   for (int64_t f = 0; f < num_features; ++f) {
     if (table[f] >= 0) tracked.push_back(f);
@@ -95,20 +88,20 @@ void learn_cpu(const Tensor& grad, const Tensor& offsets, const Tensor& keys, co
 
   const auto num_tracked = static_cast<int64_t>(tracked.size());
   const int64_t num_blocks = (num_samples + kNormBlock - 1) / kNormBlock;
-  std::vector<NormSum> sums(num_blocks * num_features);
-  const std::unique_ptr<float[]> norm(new float[grad.size(0)]);  // written where it is read
+  std::vector<NormSum> sums(num_blocks * num_tracked);
+  const std::unique_ptr<float[]> norm(new float[num_tracked * num_samples]);
   const float* gradient = grad.const_data_ptr<float>();
   torch::stable::parallel_for(
       0, num_blocks, per_thread(kNormBlock * num_tracked * dim), [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
-          const int64_t bag = block * kNormBlock * num_features;
-          kernels().bag_norms(gradient + bag * dim, dim, tracked.data(), num_tracked, num_features,
-                              std::min(kNormBlock, num_samples - block * kNormBlock),
-                              norm.get() + bag, sums.data() + block * num_features);
+          const int64_t first = block * kNormBlock;
+          kernels().bag_norms(gradient + first * num_features * dim, dim, tracked.data(),
+                              num_tracked, num_features, std::min(kNormBlock, num_samples - first),
+                              norm.get() + first, num_samples, sums.data() + block * num_tracked);
         }
       });
   const std::vector<float> scales =
-      update_means(sums, table, num_features, static_cast<NormSum*>(norms.data_ptr()), num_shards,
+      update_means(sums, table, tracked, static_cast<NormSum*>(norms.data_ptr()), num_shards,
                    norms.size(1), decay);
   const std::unique_ptr<float[]> importance(new float[keys.numel()]);
   const float* weight = weights.numel() > 0 ? weights.const_data_ptr<float>() : nullptr;
@@ -116,9 +109,8 @@ void learn_cpu(const Tensor& grad, const Tensor& offsets, const Tensor& keys, co
   torch::stable::parallel_for(
       0, num_tracked, per_thread(per_feature), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-          const int64_t f = tracked[t];
-          kernels().weigh(norm.get() + f, num_features, scales[f], offset + f * num_samples,
-                          num_samples, weight, importance.get());
+          kernels().weigh(norm.get() + t * num_samples, scales[t],
+                          offset + tracked[t] * num_samples, num_samples, weight, importance.get());
         }
       });
   observe_checked(keys, shards, importance.get(), ranges, buckets, inflation, counters, growth);

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "cpu/kernels.h"
+#include "cpu/offsets.h"
 #include "cpu/tensors.h"
 #include "sketch_tensors.h"
 
@@ -26,9 +27,7 @@ Remapped remap_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& table
   const RowMap map = row_map(tables, offsets, buckets, first_shard, num_shards, pool);
   const int64_t num_ids = ids.numel();
   const RemapInput in{ids.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>()};
-  STD_TORCH_CHECK(kernels().offsets_ascend(in.offsets, offsets.numel()) && in.offsets[0] == 0 &&
-                      in.offsets[offsets.numel() - 1] == num_ids,
-                  "`offsets` must ascend from 0 to the number of ids, ", num_ids);
+  check_offsets(in.offsets, offsets.numel(), num_ids);
 
   const int32_t int32 = aoti_torch_dtype_int32();
   const int32_t int64 = aoti_torch_dtype_int64();

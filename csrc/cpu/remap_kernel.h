@@ -75,6 +75,10 @@ void write_bags(const RowMap& map, const RemapInput& in, const RemapOutput& out,
       const int64_t* __restrict__ rows = tile.rows + from + places[f];
       out.offsets[bag] = next;
       for (int64_t i = 0; i < size; ++i) out.rows[next + i] = rows[i];
+      if (out.second != nullptr) {
+        const int32_t* __restrict__ second = tile.second + from + places[f];
+        for (int64_t i = 0; i < size; ++i) out.second[next + i] = second[i];
+      }
       if (out.source != nullptr) {
         for (int64_t i = 0; i < size; ++i) out.source[next + i] = static_cast<int32_t>(from + i);
       }
@@ -93,9 +97,9 @@ bool all_one_hot(const RowMap& map, const RemapInput& in, int64_t begin, int64_t
   return others == 0;
 }
 
-// Copies one feature's rows to every `stride`-th element.
-inline void spread(const int64_t* __restrict__ from, int64_t size, int64_t* __restrict__ to,
-                   int64_t stride) {
+// Copies what is known of one feature's ids to every `stride`-th element.
+template <typename T>
+inline void spread(const T* __restrict__ from, int64_t size, T* __restrict__ to, int64_t stride) {
   if (stride == 1) {
     for (int64_t i = 0; i < size; ++i) to[i] = from[i];
   } else {
@@ -113,7 +117,11 @@ void write_one_hot_bags(const RowMap& map, const RemapInput& in, const RemapOutp
   for (int64_t i = 0; i < samples * num_features; ++i) starts[i] = first_out + i;
   for (int64_t f = 0; f < num_features; ++f) {
     const int64_t first = in.offsets[f * map.batch_size + begin];
-    spread(tile.rows + first + places[f], samples, out.rows + first_out + f, num_features);
+    const int64_t place = first + places[f];
+    spread(tile.rows + place, samples, out.rows + first_out + f, num_features);
+    if (out.second != nullptr) {
+      spread(tile.second + place, samples, out.second + first_out + f, num_features);
+    }
     if (out.source == nullptr) continue;
     int32_t* __restrict__ source = out.source + first_out + f;
     for (int64_t b = 0; b < samples; ++b)
@@ -176,12 +184,6 @@ inline void write_keys(const RemapOutput& out, const Tile& tile, int64_t from, i
   for (int64_t i = 0; i < size; ++i) out.shards[from + i] = shards[i];
 }
 
-inline void write_second(const RemapOutput& out, const Tile& tile, int64_t from, int64_t place,
-                         int64_t size) {
-  const int32_t* __restrict__ second = tile.second + place;
-  for (int64_t i = 0; i < size; ++i) out.second[from + i] = second[i];
-}
-
 // Maps the ids of samples [begin, end) into a tile; the features that may be hot come first.
 void map_samples(const RowMap& map, const HotSketch& sketch, const RemapInput& in,
                  const RemapOutput& out, int64_t begin, int64_t end, Tile& tile, int64_t* places) {
@@ -203,27 +205,15 @@ void map_samples(const RowMap& map, const HotSketch& sketch, const RemapInput& i
         for (int64_t i = 0; i < size; ++i) out.keys[from + i] = 0;
         for (int64_t i = 0; i < size; ++i) out.shards[from + i] = -1;
       }
-      if (out.second != nullptr && !tracked) {
-        for (int64_t i = 0; i < size; ++i) out.second[from + i] = -1;
+      if (out.second != nullptr) {
+        for (int64_t i = 0; i < size; ++i) tile.second[place + i] = -1;
       }
       add_offset(table.row_offset, size, tile.rows + place);
       place += size;
     }
-    if (!tracked) break;
-    if (map.shards_held > 0) {
-      (out.second == nullptr ? find_hot_rows<false> : find_hot_rows<true>)(map, sketch, tile,
-                                                                           place);
-    }
-    if (out.second == nullptr) continue;
-    if (map.shards_held == 0) {
-      for (int64_t i = 0; i < place; ++i) tile.second[i] = -1;
-    }
-    for (int64_t f = 0; f < map.num_features; ++f) {
-      if (Table::load(map.tables, f).index < 0) continue;
-      const int64_t from = in.offsets[f * map.batch_size + begin];
-      const int64_t size = in.offsets[f * map.batch_size + end] - from;
-      write_second(out, tile, from, from + places[f], size);
-    }
+    if (!tracked || map.shards_held == 0) continue;
+    const auto find = out.second == nullptr ? find_hot_rows<false> : find_hot_rows<true>;
+    find(map, sketch, tile, place);
   }
 }
 

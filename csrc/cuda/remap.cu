@@ -27,7 +27,7 @@ struct RemapOutput {
   int32_t* source;  // or null
   int64_t* keys;    // of the ids as they come; null without hot rows
   int32_t* shards;
-  int32_t* second;  // of the ids as they come; null without second rows
+  int32_t* second;  // of `rows`; null without second rows
 };
 
 __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __restrict__ ids,
@@ -54,7 +54,7 @@ __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __rest
           const Bucket& bucket = sketch.buckets[sketch.bucket_index(shard, key)];
           row = hot_row(bucket, key);
           if (out.second != nullptr && is_medium(bucket, key)) {
-            out.second[from] = static_cast<int32_t>(map.pool.second(shard, key));
+            out.second[i] = static_cast<int32_t>(map.pool.second(shard, key));
           }
         }
         out.keys[from] = key;

@@ -11,36 +11,25 @@ namespace {
 
 using Rows = std::tuple<Tensor, Tensor, Tensor>;
 
-// The rows of bags, sample-major, and the second rows of their ids, feature-major. Offsets out of
-// range are cut.
+// The rows of bags, and the second rows of some of them. Offsets out of range are cut.
 struct TwoLevels {
   const int64_t* rows;
   const int64_t* offsets;
-  const int64_t* id_offsets;
+  const int32_t* source;  // or null
   const int32_t* second;
-  int64_t num_ids;
-  int64_t num_features;
-  int64_t batch_size;
+  int64_t num_rows;
+  int64_t num_bags;
   int64_t hot_offset;
 
-  __device__ int64_t num_bags() const { return num_features * batch_size; }
   __device__ int64_t begin(int64_t bag) const { return max(offsets[bag], int64_t{0}); }
-  __device__ int64_t first_id(int64_t bag) const {
-    return max(id_offsets[bag % num_features * batch_size + bag / num_features], int64_t{0});
-  }
-  __device__ int64_t length(int64_t bag) const {
-    const int64_t size = min(offsets[bag + 1], num_ids) - begin(bag);
-    return max(min(size, num_ids - first_id(bag)), int64_t{0});
-  }
+  __device__ int64_t end(int64_t bag) const { return min(offsets[bag + 1], num_rows); }
 };
 
 // lengths[1 + bag] = rows of the bag; lengths[0] = 0.
 __global__ void count_rows_kernel(TwoLevels in, int64_t* __restrict__ lengths) {
-  for (int64_t bag = first_index(); bag < in.num_bags(); bag += index_stride()) {
-    const int64_t size = in.length(bag);
-    const int32_t* second = in.second + in.first_id(bag);
-    int64_t length = size;
-    for (int64_t i = 0; i < size; ++i) length += second[i] >= 0;
+  for (int64_t bag = first_index(); bag < in.num_bags; bag += index_stride()) {
+    int64_t length = 0;
+    for (int64_t i = in.begin(bag); i < in.end(bag); ++i) length += in.second[i] >= 0 ? 2 : 1;
     lengths[1 + bag] = length;
     if (bag == 0) lengths[0] = 0;
   }
@@ -48,15 +37,14 @@ __global__ void count_rows_kernel(TwoLevels in, int64_t* __restrict__ lengths) {
 
 __global__ void write_rows_kernel(TwoLevels in, const int64_t* __restrict__ out_offsets,
                                   int64_t* __restrict__ rows, int32_t* __restrict__ source) {
-  for (int64_t bag = first_index(); bag < in.num_bags(); bag += index_stride()) {
+  for (int64_t bag = first_index(); bag < in.num_bags; bag += index_stride()) {
     int64_t next = out_offsets[bag];
-    for (int64_t i = 0; i < in.length(bag); ++i) {
-      const int64_t id = in.first_id(bag) + i;
-      if (source != nullptr) source[next] = static_cast<int32_t>(id);
-      rows[next++] = in.rows[in.begin(bag) + i];
-      if (in.second[id] < 0) continue;
-      if (source != nullptr) source[next] = static_cast<int32_t>(id);
-      rows[next++] = in.hot_offset + in.second[id];
+    for (int64_t i = in.begin(bag); i < in.end(bag); ++i) {
+      if (in.source != nullptr) source[next] = in.source[i];
+      rows[next++] = in.rows[i];
+      if (in.second[i] < 0) continue;
+      if (in.source != nullptr) source[next] = in.source[i];
+      rows[next++] = in.hot_offset + in.second[i];
     }
   }
 }
@@ -69,20 +57,19 @@ int64_t last_value(const Tensor& tensor, cudaStream_t stream) {
   return value;
 }
 
-Rows add_second_rows_cuda(const Tensor& rows, const Tensor& offsets, const Tensor& id_offsets,
-                          const Tensor& second, int64_t num_features, int64_t hot_offset,
-                          bool with_source) {
-  check_second_rows(rows, offsets, id_offsets, second, num_features);
+Rows add_second_rows_cuda(const Tensor& rows, const Tensor& offsets, const Tensor& source_in,
+                          const Tensor& second, int64_t hot_offset) {
+  check_second_rows(rows, offsets, source_in, second);
   const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
   const cudaStream_t stream = current_stream(rows);
   const int64_t num_bags = offsets.numel() - 1;
+  const bool with_source = source_in.numel() > 0;
   const TwoLevels in{rows.const_data_ptr<int64_t>(),
                      offsets.const_data_ptr<int64_t>(),
-                     id_offsets.const_data_ptr<int64_t>(),
+                     with_source ? source_in.const_data_ptr<int32_t>() : nullptr,
                      second.const_data_ptr<int32_t>(),
                      rows.numel(),
-                     num_features,
-                     num_bags / num_features,
+                     num_bags,
                      hot_offset};
   const Tensor lengths = torch::stable::new_zeros(rows, {num_bags + 1});
   if (num_bags > 0) {

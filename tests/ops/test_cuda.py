@@ -135,7 +135,7 @@ def test_rows_of_a_pool_are_the_same_on_both():
             )
             given = ids.to(device), offsets.to(device), tables.to(device)
             batch = ops.remap(*given, hot)
-            two_rows = ops.add_second_rows(batch, given[1], pool, num_features=3)
+            two_rows = ops.add_second_rows(batch, pool)
             both = ops.quotient_remainder(*given)
             ops.observe(state, batch.keys, batch.shards, importance.to(device))
             selected = torch.arange(16, device=device)

@@ -186,7 +186,7 @@ for _ in range(6):
         state, remapped.keys, remapped.shards, torch.rand(4000, generator=generator), growth=1.1
     )
     ops.rebalance(state, torch.arange(16), hysteresis=0.1, num_medium=6)
-    lookups = ops.add_second_rows(remapped, torch.arange(4001), pool, num_features=2)
+    lookups = ops.add_second_rows(remapped, pool)
     for tensor in (*remapped, *lookups, *state.tensors().values()):
         digest.update(tensor.numpy().tobytes())
 print(digest.hexdigest())

@@ -55,11 +55,11 @@ def test_second_rows_match_reference(seed, num_medium, count):
     generator = torch.Generator().manual_seed(seed + 1)
     ids = torch.randint(0, 11, (count,), generator=generator)
     batch, offsets = remap(ids, state), offsets_of(ids)
-    hot = hot_rows(state)
-    assert torch.equal(batch.second, reference.remap(ids, offsets, TABLES, hot).second)
-    options = {"num_features": 3, "with_source": bool(seed % 2)}
-    got = ops.add_second_rows(batch, offsets, POOL, **options)
-    expected = reference.add_second_rows(batch, offsets, POOL, **options)
+    assert torch.equal(batch.second, reference.remap(ids, offsets, TABLES, hot_rows(state)).second)
+    if seed % 2:
+        batch = batch._replace(source=batch.source[:0])
+    got = ops.add_second_rows(batch, POOL)
+    expected = reference.add_second_rows(batch, POOL)
     for name in got._fields:
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     assert ((got.rows >= 0) & (got.rows < NUM_ROWS)).all()
@@ -71,7 +71,7 @@ def test_medium_ids_have_their_shared_row_and_a_second_one():
     state = learned(3)
     ids = torch.arange(12) % 11
     batch = remap(ids, state)
-    got = ops.add_second_rows(batch, offsets_of(ids), POOL, num_features=3)
+    got = ops.add_second_rows(batch, POOL)
     assert got.rows.numel() - batch.rows.numel() == (batch.second >= 0).sum() > 0
     # The second row is of the id's own shard, so that both are on one rank.
     for position in range(got.rows.numel() - 1):
@@ -106,7 +106,7 @@ def test_moves_match_reference(seed, dtype, columns):
 
 def test_a_promoted_medium_id_gets_the_sum_of_its_rows():
     state = SketchState.empty(shards=SHARDS, buckets=2, hot_rows=HOT)
-    key, shard = 2 << 48 | 1, torch.tensor([1], dtype=torch.int32)
+    shard = torch.tensor([1], dtype=torch.int32)
     key = 1 << 48 | 4  # id 4 of the last table, in its shared row 1
     ops.observe(state, torch.tensor([key]), shard, torch.ones(1))
     ops.rebalance(state, torch.tensor([1]), min_score=5.0, num_medium=1)
@@ -173,10 +173,7 @@ def test_opcheck():
     operators = torch.ops.torchrec_cafe
     torch.library.opcheck(
         operators.add_second_rows,
-        (
-            *(batch.rows, batch.offsets, offsets_of(torch.arange(8)), batch.second),
-            *(3, POOL.offset, True),
-        ),
+        (batch.rows, batch.offsets, batch.source, batch.second, POOL.offset),
     )
     torch.library.opcheck(
         operators.quotient_remainder, (torch.arange(6), torch.tensor([0, 2, 4, 6]), TABLES)
@@ -197,17 +194,16 @@ def test_errors_name_the_argument():
     batch = remap(torch.arange(8) % 11, state)
     with pytest.raises(ValueError, match="`second_rows_per_shard` must be >= 0, got -1"):
         PoolRows(offset=0, hot_rows_per_shard=1, second_rows_per_shard=-1)
-    offsets = offsets_of(torch.arange(8))
-    wrong = batch._replace(second=batch.second.long())
     with pytest.raises(TypeError, match=r"`batch.second` must be torch.int32, got torch.int64"):
-        ops.add_second_rows(wrong, offsets, POOL, num_features=3)
-    with pytest.raises(ValueError, match=r"features \* batch \+ 1 elements, got 7 for 4 features"):
-        ops.add_second_rows(batch, offsets, POOL, num_features=4)
-    other = torch.tensor([0, 1, 4, 4, 4, 6, 8])
-    with pytest.raises(ValueError, match="`id_offsets` must have the lengths of `offsets`"):
-        ops.add_second_rows(batch, other, POOL, num_features=3)
+        ops.add_second_rows(batch._replace(second=batch.second.long()), POOL)
+    with pytest.raises(ValueError, match=r"`batch.second` must have shape \[8\]"):
+        ops.add_second_rows(batch._replace(second=batch.second[1:]), POOL)
+    with pytest.raises(ValueError, match=r"`batch.source` must have shape \[8\]"):
+        ops.add_second_rows(batch._replace(source=batch.source[1:]), POOL)
     with pytest.raises(ValueError, match="`offsets` must ascend from 0"):
-        ops.add_second_rows(batch, offsets.flip(0), POOL, num_features=3)
+        ops.add_second_rows(batch._replace(offsets=batch.offsets.flip(0)), POOL)
+    with pytest.raises(ValueError, match="`offsets` must have at least one element"):
+        ops.add_second_rows(batch._replace(offsets=batch.offsets[:0]), POOL)
     with pytest.raises(ValueError, match=r"features \* batch \+ 1 elements, got 2 for 3"):
         ops.quotient_remainder(torch.arange(4), torch.tensor([0, 4]), TABLES)
     with pytest.raises(ValueError, match="`offsets` must ascend from 0"):

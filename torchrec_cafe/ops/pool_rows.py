@@ -99,28 +99,21 @@ def move_rows(
         raise value_error("move_rows", error) from None
 
 
-def add_second_rows(
-    batch: Remapped,
-    id_offsets: Tensor,
-    pool: PoolRows,
-    *,
-    num_features: int,
-    with_source: bool = True,
-) -> Lookups:
+def add_second_rows(batch: Remapped, pool: PoolRows) -> Lookups:
     """Let each medium id look up a second row after its shared row: its bag sums the two.
 
     Args:
         batch: what :func:`remap` made of the batch; fewer than 2**30 ids.
-        id_offsets: int64 ``[F * B + 1]``, as :func:`remap` took them.
         pool: where the second rows lie.
-        num_features: F, >= 1.
-        with_source: whether to say which id each row came from; otherwise ``source`` is ``[0]``.
+
+    Returns:
+        The rows; they say where they came from if the batch does.
 
     Raises:
-        TypeError: if a dtype is not the one above.
-        ValueError: if a shape is not the one above, the devices differ, or the offsets do not fit
-            each other; the last cannot be seen on CUDA, where no memory outside the arguments is
-            read.
+        TypeError: if a dtype is not the one of :class:`Remapped`.
+        ValueError: if a shape is not the one there, the devices differ, or ``offsets`` does not
+            ascend from 0 to the number of rows; the last cannot be seen on CUDA, where no memory
+            outside the arguments is read.
 
     Note:
         Deterministic. Nothing is mutated. Not differentiable. On CUDA it waits for the device once,
@@ -131,13 +124,7 @@ def add_second_rows(
     try:
         return Lookups._make(
             torch.ops.torchrec_cafe.add_second_rows.default(
-                batch.rows,
-                batch.offsets,
-                id_offsets,
-                batch.second,
-                num_features,
-                pool.offset,
-                with_source,
+                batch.rows, batch.offsets, batch.source, batch.second, pool.offset
             )
         )
     except RuntimeError as error:
@@ -145,13 +132,15 @@ def add_second_rows(
         check_tensor(op, "batch.rows", batch.rows, torch.int64, (None,))
         check_tensor(op, "batch.second", batch.second, torch.int32, size)
         check_tensor(op, "batch.offsets", batch.offsets, torch.int64, (None,))
-        check_tensor(op, "id_offsets", id_offsets, torch.int64, tuple(batch.offsets.shape))
-        check_same_device(op, rows=batch.rows, id_offsets=id_offsets, second=batch.second)
-        if num_features < 1 or id_offsets.numel() == 0 or (id_offsets.numel() - 1) % num_features:
-            raise ValueError(
-                f"{op}: `id_offsets` must have features * batch + 1 elements, got "
-                f"{id_offsets.numel()} for {num_features} features"
-            ) from None
+        sources = size if batch.source.numel() else (0,)
+        check_tensor(op, "batch.source", batch.source, torch.int32, sources)
+        check_same_device(
+            op,
+            rows=batch.rows,
+            offsets=batch.offsets,
+            source=batch.source,
+            second=batch.second,
+        )
         raise value_error(op, error) from None
 
 
@@ -214,19 +203,13 @@ def _(  # noqa: PLR0913  the schema has as many arguments
 
 
 @torch.library.register_fake("torchrec_cafe::add_second_rows")
-def _(  # noqa: PLR0913  the schema has as many arguments
-    rows: Tensor,
-    offsets: Tensor,
-    id_offsets: Tensor,
-    second: Tensor,
-    num_features: int,
-    hot_offset: int,
-    with_source: bool,  # noqa: FBT001
+def _(
+    rows: Tensor, offsets: Tensor, source: Tensor, second: Tensor, hot_offset: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_same_device("add_second_rows", rows=rows, id_offsets=id_offsets, second=second)
+    check_same_device("add_second_rows", rows=rows, offsets=offsets, source=source, second=second)
     size = torch.library.get_ctx().new_dynamic_size()
-    source = second.new_empty(size if with_source else 0)
-    return rows.new_empty(size), torch.empty_like(offsets), source
+    sources = size if source.shape[0] else 0
+    return rows.new_empty(size), torch.empty_like(offsets), source.new_empty(sources)
 
 
 @torch.library.register_fake("torchrec_cafe::quotient_remainder")

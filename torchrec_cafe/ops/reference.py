@@ -5,6 +5,7 @@ Same names, same arguments, same results bit for bit, no native code. Slow: one 
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -98,8 +99,8 @@ def remap(
     """See :func:`torchrec_cafe.ops.remap`."""
     features = tables.shape[0]
     batch_size = (offsets.numel() - 1) // features
-    rows, out_offsets, source = [], [0], []
-    keys, shards, second = [0] * ids.numel(), [-1] * ids.numel(), [-1] * ids.numel()
+    rows, out_offsets, source, second = [], [0], [], []
+    keys, shards = [0] * ids.numel(), [-1] * ids.numel()
     pool = hot.rows
     for sample in range(batch_size):
         for feature in range(features):
@@ -108,7 +109,7 @@ def remap(
             for i in range(int(offsets[bag]), int(offsets[bag + 1])):
                 mixed_id = first_id + int(ids[i])
                 shared_row = mixed_id * shared_rows // num_ids
-                row = row_offset + shared_row
+                row, other = row_offset + shared_row, -1
                 if index >= 0 and hot.num_shards > 0:
                     keys[i] = index << 48 | mixed_id
                     shard = shared_row * hot.num_shards // shared_rows - hot.first_shard
@@ -123,8 +124,9 @@ def remap(
                             row = pool.offset + shard * pool.rows_per_shard + hot_row
                         if hot_row == MEDIUM:
                             at = second_row(keys[i], pool.second_rows_per_shard)
-                            second[i] = shard * pool.rows_per_shard + pool.hot_rows_per_shard + at
+                            other = shard * pool.rows_per_shard + pool.hot_rows_per_shard + at
                 rows.append(row)
+                second.append(other)
                 source.append(i)
             out_offsets.append(len(rows))
     known = ids.numel() if hot.num_shards > 0 else 0
@@ -310,32 +312,20 @@ def move_rows(
                 )
 
 
-def add_second_rows(
-    batch: Remapped,
-    id_offsets: Tensor,
-    pool: PoolRows,
-    *,
-    num_features: int,
-    with_source: bool = True,
-) -> Lookups:
+def add_second_rows(batch: Remapped, pool: PoolRows) -> Lookups:
     """See :func:`torchrec_cafe.ops.add_second_rows`."""
-    batch_size = (id_offsets.numel() - 1) // num_features
     rows, offsets, source = [], [0], []
-    for bag in range(batch.offsets.numel() - 1):
-        first_id = int(id_offsets[bag % num_features * batch_size + bag // num_features])
-        begin, end = int(batch.offsets[bag]), int(batch.offsets[bag + 1])
-        for i in range(end - begin):
-            found = [int(batch.rows[begin + i])]
-            second = int(batch.second[first_id + i])
-            if second >= 0:
-                found.append(pool.offset + second)
+    for begin, end in itertools.pairwise(batch.offsets.tolist()):
+        for i in range(begin, end):
+            second = int(batch.second[i])
+            found = [int(batch.rows[i]), *([pool.offset + second] if second >= 0 else [])]
             rows += found
-            source += [first_id + i] * len(found)
+            source += batch.source[i : i + 1].tolist() * len(found)
         offsets.append(len(rows))
     return Lookups(
         torch.tensor(rows, dtype=torch.int64),
         torch.tensor(offsets, dtype=torch.int64),
-        torch.tensor(source if with_source else [], dtype=torch.int32),
+        torch.tensor(source, dtype=torch.int32),
     )
 
 

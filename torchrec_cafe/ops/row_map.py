@@ -20,8 +20,8 @@ TABLE_COLUMNS = ("num_ids", "shared_rows", "first_id", "row_offset", "index")
 class Remapped(NamedTuple):
     """A batch in physical rows.
 
-    Rows are sample-major: bag ``b * F + f`` is sample b of feature f. What the sketch is asked and
-    told is in the order of the ids as they came.
+    Rows are sample-major: bag ``b * F + f`` is sample b of feature f. Keys and shards, which the
+    sketch learns from, are in the order of the ids as they came.
 
     Attributes:
         rows: int64 ``[N]``, physical row of each occurrence.
@@ -32,8 +32,8 @@ class Remapped(NamedTuple):
             without hot rows.
         shards: int32 ``[N]``, virtual shard of each id on this rank, -1 where it is not tracked;
             ``[0]`` without hot rows.
-        second: int32 ``[N]``, second row of each id that is medium, counted from the first row of
-            the pool, or -1; ``[0]`` without second rows.
+        second: int32 ``[N]``, besides each of ``rows``, the second row of an id that is medium,
+            counted from the first row of the pool, or -1; ``[0]`` without second rows.
     """
 
     rows: Tensor

@@ -60,7 +60,7 @@ class CompressedBags(nn.Module):
 
     def settle(self) -> None:
         """Apply what the last step has taught; see :meth:`HotRowPool.settle`."""
-        if self.pool is not None and self.pool.unsettled:
+        if self.pool is not None and self.pool.unsettled:  # the rows are asked for only then
             self.pool.settle(self.tbe.physical_tensors())
 
     @torch.no_grad()

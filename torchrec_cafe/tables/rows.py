@@ -138,20 +138,10 @@ class SharedRows(RowLookup):
             batch = remap(ids, offsets, self._tables, hot, with_source=with_source)
             return Lookups(batch.rows, batch.offsets, batch.source), None
         layout = self.pool.layout.rows
-        two_rows = layout.second_rows_per_shard > 0
-        batch = remap(
-            ids,
-            offsets,
-            self._tables,
-            self.pool.hot_rows(),
-            with_source=with_source and not two_rows,
-        )
-        if two_rows:
-            features = self.num_features
-            lookups = add_second_rows(
-                batch, offsets, layout, num_features=features, with_source=with_source
-            )
-            return lookups, batch
+        hot = self.pool.hot_rows()
+        batch = remap(ids, offsets, self._tables, hot, with_source=with_source)
+        if layout.second_rows_per_shard > 0:
+            return add_second_rows(batch, layout), batch
         return Lookups(batch.rows, batch.offsets, batch.source), batch
 
 
