@@ -179,6 +179,8 @@ def settings(study: Study, run: Run) -> TrainConfig:
         kinds=(chosen.kind,),
         compression=(run.compression,),
         cafe=chosen.cafe,
+        mem_rec=chosen.mem_rec,
+        epochs=chosen.epochs,
         over_arch=DATA[run.data].over_arch,
         batch_size=BATCH_SIZE,
         seed=(run.seed,),

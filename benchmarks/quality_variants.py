@@ -139,6 +139,8 @@ class Variant:
         text: what it is, for the report.
         kind: of :data:`examples.dlrm.config.KINDS`.
         cafe: the option ``--cafe``.
+        mem_rec: the option ``--mem_rec``.
+        epochs: how often to go through the data.
         ablation: whether it is compared with cafe alone, at two compressions by default.
         data: data sets on which it is trained by default; empty: all.
         hook: what it does to the model, given the steps of a day.
@@ -149,6 +151,8 @@ class Variant:
     text: str
     kind: str = "cafe"
     cafe: tuple[str, ...] = ()
+    mem_rec: tuple[str, ...] = ()
+    epochs: int = 1
     ablation: bool = False
     data: tuple[str, ...] = ()
     hook: Callable[[float], OnStep] | None = None
@@ -177,6 +181,10 @@ VARIANTS = {
     "cafe": Variant(text="Cafe: multi-level, ids between hot and cold look up two shared rows"),
     "cafe_single_level": Variant(
         text="Cafe without second rows: ids are hot or cold", kind="cafe_single_level"
+    ),
+    "mem_rec": Variant(text="MEM-REC, a row and four weights an id", kind="mem_rec"),
+    "mem_rec_two_rows": Variant(
+        text="MEM-REC, two rows and four weights an id", kind="mem_rec", mem_rec=("num_hashes=2",)
     ),
     "oracle": Variant(
         text="frequency oracle of the same bytes: Cafe's division of the budget, the bytes of "

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "bloom.h"
 #include "hot_sketch.h"
 #include "row_map.h"
 
@@ -171,6 +172,55 @@ inline void check_quotient_remainder(const Tensor& ids, const Tensor& offsets,
                                      const Tensor& tables) {
   check_bags(ids, offsets, tables);
   check_count(2 * ids.numel(), "twice ids");
+}
+
+inline void check_bloom(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
+                        int64_t shards_held, int64_t bits_per_shard, int64_t num_hashes) {
+  check_bags(ids, offsets, tables);
+  STD_TORCH_CHECK(num_hashes >= 1 && num_hashes <= kMaxHashes, "`num_hashes` must be in [1, ",
+                  kMaxHashes, "], got ", num_hashes);
+  STD_TORCH_CHECK(shards_held >= 0 && bits_per_shard >= 1,
+                  "`shards_held` must be at least 0, and rows or weights of a shard at least 1");
+  STD_TORCH_CHECK(shards_held > 0 || ids.numel() == 0, "`ids` must be empty on a rank of no shard");
+  check_count(shards_held * bits_per_shard, "the rows or weights of a rank");
+  check_count(num_hashes * ids.numel(), "num_hashes times ids");
+}
+
+inline void check_weights_per_shard(int64_t weights_per_shard) {
+  STD_TORCH_CHECK(weights_per_shard % kWeightsPerRow == 0,
+                  "`weights` must have a multiple of 4 columns, got ", weights_per_shard);
+}
+
+inline void check_bloom_weights(const Tensor& weights, const Tensor& ids, const Tensor& offsets,
+                                const Tensor& tables, int64_t num_hashes) {
+  check_tensor(weights, "weights", ScalarType::Float, 2);
+  check_bloom(ids, offsets, tables, weights.size(0), weights.size(1), num_hashes);
+  check_device(weights, ids);
+  check_weights_per_shard(weights.size(1));
+}
+
+inline void check_bloom_grad(const Tensor& grad, const Tensor& ids, int64_t weights_per_shard) {
+  check_tensor(grad, "grad", ScalarType::Float, 1);
+  check_device(grad, ids);
+  check_weights_per_shard(weights_per_shard);
+  STD_TORCH_CHECK(grad.numel() == ids.numel(), "grad and ids must have the same length");
+}
+
+inline void check_bloom_pool(const Tensor& rows, const Tensor& weights, const Tensor& ids,
+                             const Tensor& offsets, const Tensor& tables,
+                             const Tensor& per_sample_weights, int64_t num_hashes,
+                             int64_t num_weight_hashes) {
+  check_bloom_weights(weights, ids, offsets, tables, num_weight_hashes);
+  const bool half = rows.scalar_type() == ScalarType::Half;
+  check_tensor(rows, "rows", half ? ScalarType::Half : ScalarType::Float, 2);
+  check_tensor(per_sample_weights, "per_sample_weights", ScalarType::Float, 1);
+  check_device(rows, ids, per_sample_weights);
+  const int64_t held = weights.size(0);
+  STD_TORCH_CHECK(held == 0 || (rows.size(0) >= held && rows.size(0) % held == 0),
+                  "`rows` must be as many in each shard, got ", rows.size(0), " for ", held);
+  check_bloom(ids, offsets, tables, held, held == 0 ? 1 : rows.size(0) / held, num_hashes);
+  STD_TORCH_CHECK(per_sample_weights.numel() == 0 || per_sample_weights.numel() == ids.numel(),
+                  "per_sample_weights must be empty or as long as ids");
 }
 
 inline void check_rebalance(const Tensor& selected, const Tensor& buckets, const Tensor& owners,

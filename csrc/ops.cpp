@@ -32,4 +32,18 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
   m.def(
       "quotient_remainder(Tensor ids, Tensor offsets, Tensor tables)"
       " -> (Tensor rows, Tensor offsets, Tensor source)");
+  m.def(
+      "bloom_rows(Tensor ids, Tensor offsets, Tensor tables, int first_shard, int shards_held,"
+      " int rows_per_shard, int num_hashes) -> (Tensor rows, Tensor offsets, Tensor source)");
+  m.def(
+      "bloom_pool(Tensor rows, Tensor weights, Tensor ids, Tensor offsets, Tensor tables,"
+      " Tensor per_sample_weights, int first_shard, int num_hashes, int num_weight_hashes)"
+      " -> Tensor");
+  m.def(
+      "bloom_weigh(Tensor weights, Tensor ids, Tensor offsets, Tensor tables, int first_shard,"
+      " int num_hashes) -> Tensor");
+  m.def(
+      "bloom_weigh_backward(Tensor grad, Tensor ids, Tensor offsets, Tensor tables,"
+      " int first_shard, int shards_held, int weights_per_shard, int num_hashes)"
+      " -> (Tensor rows, Tensor grads)");
 }

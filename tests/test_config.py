@@ -26,7 +26,7 @@ def shapes(*sizes: int, dim: int = 16) -> list[TableShape]:
     sizes=st.lists(st.integers(1, 3_000_000), min_size=1, max_size=20),
     compression=st.floats(1, 20_000),
     dim=st.sampled_from([4, 16, 64, 128]),
-    kind=st.sampled_from([tc.Cafe, tc.Hash, tc.QuotientRemainder]),
+    kind=st.sampled_from([tc.Cafe, tc.Hash, tc.QuotientRemainder, tc.MemRec]),
     options=st.sampled_from([{}, {"medium_fraction": 0.3}, {"num_shards": 64}]),
 )
 @settings(max_examples=300, deadline=None)
@@ -51,7 +51,8 @@ def test_promise_is_kept_or_refused(sizes, compression, dim, kind, options):
     for table in tables:
         # The quotient-remainder trick has a row for the quotient even where all are 0.
         most = table.num_embeddings + (kind is tc.QuotientRemainder)
-        assert 1 <= allocation.shared_rows[table.name] <= most
+        least = 0 if kind is tc.MemRec else 1  # whose rows are all in the pool
+        assert least <= allocation.shared_rows[table.name] <= least * most
 
 
 def test_breakdown_counts_what_is_allocated():
@@ -117,6 +118,22 @@ def test_small_tables_stay_whole_within_the_budget():
     assert everything.tracked == ("t0", "t1")
 
 
+def test_two_tables_of_mem_rec_fill_the_budget():
+    tables = shapes(1_000_000, 500_000, 10, dim=32)
+    allocation = tc.MemRec(compression=500).allocate(tables)
+    rows = allocation.num_shards * allocation.token_rows_per_shard
+    weights = allocation.num_shards * allocation.weights_per_shard
+    assert allocation.memory.total_bytes == rows * 128 + weights * 4
+    assert allocation.memory.total_bytes > 0.98 * sum(t.dense_bytes for t in tables) / 500
+    assert weights == pytest.approx(rows, rel=0.05)
+    assert allocation.num_shards == 32  # 64 rows a shard or more
+    assert allocation.tracked == ("t0", "t1", "t2")
+    exact = tc.MemRec(num_token_rows=4096, num_shards=16).allocate(tables)
+    assert (exact.token_rows_per_shard, exact.weights_per_shard) == (256, 256)
+    tiny = tc.MemRec(num_token_rows=3).allocate(tables)
+    assert (tiny.num_shards, tiny.token_rows_per_shard, tiny.weights_per_shard) == (1, 3, 4)
+
+
 @pytest.mark.parametrize("dtype", ["float16", torch.float16, DataType.FP16])
 def test_memory_of_one_table(dtype):
     memory = tc.Cafe(compression=100).memory(1_000_000, 32, dtype)
@@ -148,6 +165,16 @@ def test_kinds_are_values():
         (tc.Cafe, {"compression": 9, "num_shards": 0}, "num_shards must be in"),
         (tc.Cafe, {"compression": 9, "medium_fraction": 1}, r"medium_fraction must be in \[0, 1\)"),
         (tc.Cafe, {"compression": 9, "importance": "x"}, "importance must be one of .* got 'x'"),
+        (tc.MemRec, {}, "give compression or num_token_rows, and not both"),
+        (tc.MemRec, {"compression": 2, "num_token_rows": 5}, "and not both: got compression=2"),
+        (tc.MemRec, {"compression": 0.5}, "compression must be a finite number >= 1"),
+        (
+            tc.MemRec,
+            {"num_token_rows": 7, "num_shards": 8},
+            "num_token_rows must be at least num_shards, 8, got 7",
+        ),
+        (tc.MemRec, {"compression": 2, "num_hashes": 0}, r"num_hashes must be in \[1, 16\], got 0"),
+        (tc.MemRec, {"compression": 2, "num_weight_hashes": 17}, r"in \[1, 16\], got 17"),
         (tc.QuotientRemainder, {"compression": 0}, "compression must be a finite number >= 1"),
     ],
 )

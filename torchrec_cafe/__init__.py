@@ -15,7 +15,13 @@ from torchrec_cafe._library import load_operators
 
 load_operators(__path__)  # before the modules that register fake kernels
 
-from torchrec_cafe.config import Cafe, Hash, MemoryBreakdown, QuotientRemainder  # noqa: E402
+from torchrec_cafe.config import (  # noqa: E402
+    Cafe,
+    Hash,
+    MemoryBreakdown,
+    MemRec,
+    QuotientRemainder,
+)
 from torchrec_cafe.distributed import (  # noqa: E402
     EmbeddingBagCollectionSharder,
     EmbeddingShardingPlanner,
@@ -31,6 +37,7 @@ __all__ = [
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
     "Hash",
+    "MemRec",
     "MemoryBreakdown",
     "ParameterConstraints",
     "QuotientRemainder",

@@ -3,6 +3,7 @@
 // it, made for a newer machine, for the whole program.
 #include "cpu/kernels.h"
 
+#include "cpu/bloom_kernel.h"
 #include "cpu/importance_kernel.h"
 #include "cpu/mix_kernel.h"
 #include "cpu/observe_kernel.h"
@@ -12,8 +13,9 @@
 namespace torchrec_cafe {
 
 extern const Kernels CAFE_KERNELS;
-const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,       shards_fit, observe,
-                           observe_owned,   bag_norms, weigh,      renormalise,
-                           offsets_ascend,  remap,     rebalance};
+const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,       shards_fit,   observe,
+                           observe_owned,   bag_norms, weigh,        renormalise,
+                           offsets_ascend,  remap,     bloom_encode, bloom_factors,
+                           bloom_pool,      rebalance};
 
 }  // namespace torchrec_cafe

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "bloom.h"
 #include "hot_sketch.h"
 #include "importance.h"
 #include "row_map.h"
@@ -43,6 +44,23 @@ struct RemapOutput {
   int32_t* second;  // of `rows`; null without second rows
 };
 
+// A batch of ids, feature-major, and the two tables of MEM-REC.
+struct BloomLookup {
+  const int64_t* ids;
+  const int64_t* offsets;
+  const Table* tables;  // of each feature
+  int64_t num_features;
+  int64_t batch_size;
+  BloomEncoder token_rows;
+  BloomEncoder token_weights;
+  const void* rows;  // floats, or halves
+  bool half;
+  int64_t dim;
+  const float* weights;
+  const float* per_sample_weights;  // or null
+  float* pooled;                    // [batch_size, num_features, dim]
+};
+
 struct Kernels {
   const char* name;
 
@@ -79,6 +97,17 @@ struct Kernels {
   // Maps the ids of samples [begin, end); `sketch.num_buckets` may be 0.
   void (*remap)(const RowMap& map, const HotSketch& sketch, const RemapInput& in,
                 const RemapOutput& out, int64_t begin, int64_t end);
+
+  // Encodes at most kBloomBlock ids.
+  void (*bloom_encode)(const BloomEncoder& encoder, const Table& table, const int64_t* ids,
+                       int size, BloomBits& bits);
+
+  // Adds up the weights of each id.
+  void (*bloom_factors)(const BloomEncoder& encoder, const Table& table, const int64_t* ids,
+                        int64_t size, const float* weights, float* factors);
+
+  // Adds up the scaled token rows of each bag of samples [first, last) of a feature.
+  void (*bloom_pool)(const BloomLookup& in, int64_t feature, int64_t first, int64_t last);
 
   // Gives a shard's hot rows to its highest scores and makes the next `num_medium` medium; see
   // torchrec_cafe.ops.rebalance. `promoted` and `demoted` are added to.

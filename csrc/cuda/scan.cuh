@@ -1,4 +1,4 @@
-// Where bags begin, from their lengths.
+// Where bags begin, from their lengths, and how much there is in all.
 #pragma once
 
 #include <array>
@@ -15,6 +15,15 @@ inline torch::stable::Tensor cumsum(const torch::stable::Tensor& tensor) {
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
+}
+
+// The last number of an int64 tensor; waits for the device.
+inline int64_t last_value(const torch::stable::Tensor& tensor, cudaStream_t stream) {
+  int64_t value = 0;
+  const auto* from = static_cast<const int64_t*>(tensor.data_ptr()) + tensor.numel() - 1;
+  STD_CUDA_CHECK(cudaMemcpyAsync(&value, from, sizeof(value), cudaMemcpyDeviceToHost, stream));
+  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+  return value;
 }
 
 }  // namespace torchrec_cafe

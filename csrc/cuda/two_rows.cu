@@ -49,14 +49,6 @@ __global__ void write_rows_kernel(TwoLevels in, const int64_t* __restrict__ out_
   }
 }
 
-int64_t last_value(const Tensor& tensor, cudaStream_t stream) {
-  int64_t value = 0;
-  const auto* from = static_cast<const int64_t*>(tensor.data_ptr()) + tensor.numel() - 1;
-  STD_CUDA_CHECK(cudaMemcpyAsync(&value, from, sizeof(value), cudaMemcpyDeviceToHost, stream));
-  STD_CUDA_CHECK(cudaStreamSynchronize(stream));
-  return value;
-}
-
 Rows add_second_rows_cuda(const Tensor& rows, const Tensor& offsets, const Tensor& source_in,
                           const Tensor& second, int64_t hot_offset) {
   check_second_rows(rows, offsets, source_in, second);

@@ -10,10 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NoReturn
 
-from torchrec_cafe.config import Cafe
+from torchrec_cafe.config import Cafe, MemRec
 
 #: hash_whole: hash that may spend a quarter of its budget on whole small tables, as cafe does
-KINDS = ("full", "hash", "hash_whole", "quotient_remainder", "cafe", "cafe_single_level")
+KINDS = (
+    "full",
+    "hash",
+    "hash_whole",
+    "quotient_remainder",
+    "cafe",
+    "cafe_single_level",
+    "mem_rec",
+)
 DEFAULT_KINDS = ("full", "hash", "cafe")
 ARCHITECTURES = ("dlrm", "dcn")
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
@@ -42,6 +50,7 @@ class TrainConfig:
     )
     compression: tuple[float, ...] = _option((100.0,), "dense bytes / bytes of compressed tables")
     cafe: tuple[str, ...] = _option((), "arguments of Cafe, as NAME=VALUE,NAME=VALUE")
+    mem_rec: tuple[str, ...] = _option((), "arguments of MemRec, as NAME=VALUE,NAME=VALUE")
     arch: str = _option("dlrm", f"TorchRec model: {' or '.join(ARCHITECTURES)} (DLRM_DCN)")
     over_arch: tuple[int, ...] = _option((256, 128), "hidden layers after the interaction")
     embedding_dim: int = _option(16, "columns of every table, a multiple of 4")
@@ -50,7 +59,8 @@ class TrainConfig:
     learning_rate: float = _option(0.05, "of the tables")
     dense_learning_rate: float = _option(0.001, "of the dense layers (Adam)")
     seed: tuple[int, ...] = _option((0,), "one training for each; the report gives their mean")
-    max_steps: int = _option(0, "stop each training after so many steps; 0: one epoch")
+    epochs: int = _option(1, "how often to go through the training samples, in order")
+    max_steps: int = _option(0, "stop each training after so many steps; 0: never")
     num_embeddings: int = _option(0, "most ids of a feature of Criteo's; 0: the data set's default")
     checkpoint_dir: str = _option("", "where to save each trained model (DCP); empty: nowhere")
     out: str = _option("runs/latest", "folder of the report, the plot and TensorBoard's scalars")
@@ -75,6 +85,7 @@ class TrainConfig:
         if not self.seed or not self.compression:
             raise ValueError("--seed and --compression need at least one value")
         self.cafe_arguments()
+        self.mem_rec_arguments()
 
     def cafe_arguments(self) -> dict[str, Any]:
         """The arguments of Cafe that ``--cafe`` gives, by name.
@@ -82,28 +93,19 @@ class TrainConfig:
         Raises:
             ValueError: if a name is unknown, or a value cannot be read or is out of range.
         """
-        types = {option.name: str(option.type) for option in dataclasses.fields(Cafe)}
-        del types["compression"]  # an option of its own
-        arguments: dict[str, Any] = {}
-        for item in self.cafe:
-            name, equals, text = item.partition("=")
-            if not equals or name not in types:
-                raise ValueError(
-                    f"--cafe must be NAME=VALUE,... with names of {', '.join(types)}, got {item!r}"
-                )
-            try:
-                arguments[name] = _read(text, types[name])
-            except ValueError:
-                raise ValueError(f"--cafe: {name} must be {types[name]}, got {text!r}") from None
-        try:
-            Cafe(compression=1.0, **arguments)
-        except ValueError as error:
-            raise ValueError(f"--cafe: {error}") from None
-        return arguments
+        return _arguments("--cafe", Cafe, self.cafe)
+
+    def mem_rec_arguments(self) -> dict[str, Any]:
+        """The arguments of MemRec that ``--mem_rec`` gives, by name.
+
+        Raises:
+            ValueError: if a name is unknown, or a value cannot be read or is out of range.
+        """
+        return _arguments("--mem_rec", MemRec, self.mem_rec)
 
     def _check_numbers(self) -> None:
         least = {"sample": 1, "batch_size": 1, "embedding_dim": 1}
-        for name, lowest in (least | {"max_steps": 0, "num_embeddings": 0}).items():
+        for name, lowest in (least | {"epochs": 1, "max_steps": 0, "num_embeddings": 0}).items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}")
         for name in ("learning_rate", "dense_learning_rate"):
@@ -148,6 +150,29 @@ def _read(text: str, annotation: str) -> Any:
         except (KeyError, ValueError):
             continue
     raise ValueError(text)
+
+
+def _arguments(flag: str, kind: Any, given: Sequence[str]) -> dict[str, Any]:
+    """Arguments of a kind of table from ``NAME=VALUE``, compression and sizes left out."""
+    types = {option.name: str(option.type) for option in dataclasses.fields(kind)}
+    for name in ("compression", "num_token_rows"):  # an option of its own, and what it decides
+        types.pop(name, None)
+    arguments: dict[str, Any] = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals or name not in types:
+            raise ValueError(
+                f"{flag} must be NAME=VALUE,... with names of {', '.join(types)}, got {item!r}"
+            )
+        try:
+            arguments[name] = _read(text, types[name])
+        except ValueError:
+            raise ValueError(f"{flag}: {name} must be {types[name]}, got {text!r}") from None
+    try:
+        kind(compression=1.0, **arguments)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+    return arguments
 
 
 def _parser_of(annotation: str) -> Any:

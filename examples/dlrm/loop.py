@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def run(
     tables: Mapping[str, tc.ParameterConstraints] | None = None,
     on_step: OnStep | None = None,
 ) -> Result:
-    """Train on the train split in order, then evaluate on the test split.
+    """Train on the train split in order, ``config.epochs`` times, then evaluate on the test split.
 
     Args:
         config: options of the run.
@@ -142,14 +143,15 @@ def _train(
 ) -> float:
     """Samples per second, over all ranks."""
     loader = _loader(config, log, train=True)
-    steps = min(len(loader), config.max_steps or len(loader))
+    steps = config.epochs * len(loader)
+    steps = min(steps, config.max_steps or steps)
     if steps == 0:
         raise ValueError(
             f"--batch_size {config.batch_size} on {dist.get_world_size()} ranks is more than the "
             f"{len(log.train.labels)} training samples; use a smaller one"
         )
     pipeline = TrainPipelineSparseDist(model, optimizer, model.device)
-    batches = iter(loader)
+    batches = itertools.chain.from_iterable(loader for _ in range(config.epochs))
     per_step = config.batch_size * dist.get_world_size()
     writer = None
     if dist.get_rank() == 0:

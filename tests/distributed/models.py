@@ -29,6 +29,7 @@ KINDS = {
     "multi_level": dataclasses.replace(CAFE, medium_fraction=0.3),
     "frequency": dataclasses.replace(CAFE, importance="frequency", half_life=math.inf),
     "quotient_remainder": tc.QuotientRemainder(compression=5),
+    "mem_rec": tc.MemRec(compression=5, num_hashes=2, num_weight_hashes=3, num_shards=8),
 }
 
 
@@ -163,4 +164,4 @@ def set_weights(model: nn.Module) -> None:
             rows = torch.arange(first, first + shard.metadata.shard_sizes[0])
             columns = torch.arange(shard.tensor.shape[1])
             pattern = torch.sin(rows[:, None] * 1.7 + columns * 0.3 + len(name))
-            shard.tensor.copy_(torch.zeros_like(pattern) if "pool" in name else pattern)
+            shard.tensor.copy_(torch.zeros_like(pattern) if "cafe_pool" in name else pattern)

@@ -162,6 +162,8 @@ def _learn(kind: str, weighted: bool) -> dict[str, Tensor]:
         ("multi_level", 3, False),
         ("frequency", 2, True),
         ("quotient_remainder", 2, True),
+        ("mem_rec", 2, False),
+        ("mem_rec", 3, True),
     ],
 )
 def test_any_number_of_ranks_learns_the_same(
@@ -169,7 +171,7 @@ def test_any_number_of_ranks_learns_the_same(
 ):
     (alone,) = run_ranks(1, tmp_path / "alone", _learn, kind, weighted)
     parts = run_ranks(world_size, tmp_path / "parts", _learn, kind, weighted)
-    if kind != "quotient_remainder":
+    if kind not in ("quotient_remainder", "mem_rec"):
         assert (alone["embedding_bags.cafe_pool_0.sketch_owners"] >= 0).any()
         keys = alone["embedding_bags.cafe_pool_0.sketch_buckets"].view(torch.int32)[..., 12:]
         assert (keys == MEDIUM).any() == (kind == "multi_level")
@@ -193,7 +195,7 @@ def _twice(kind: str) -> bool:
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("kind", ["cafe", "multi_level"])
+@pytest.mark.parametrize("kind", ["cafe", "multi_level", "mem_rec"])
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path, kind: str):
     assert run_ranks(2, tmp_path, _twice, kind) == [True, True]
 
@@ -255,7 +257,14 @@ def _load(folder: str, kind: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("kind", "world_size"),
-    [("cafe", 1), ("multi_level", 3), ("quotient_remainder", 3), ("quotient_remainder", 1)],
+    [
+        ("cafe", 1),
+        ("multi_level", 3),
+        ("quotient_remainder", 3),
+        ("quotient_remainder", 1),
+        ("mem_rec", 1),
+        ("mem_rec", 3),
+    ],
 )
 def test_checkpoint_loads_on_another_number_of_ranks(tmp_path: Path, kind: str, world_size: int):
     folder = str(tmp_path / "checkpoint")

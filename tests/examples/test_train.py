@@ -175,7 +175,7 @@ def test_arguments_of_cafe_reach_the_tables():
     [
         (
             ["--kinds", "full,magic"],
-            "--kinds must be of full, hash, .*, cafe, cafe_single_level, got full, magic",
+            "--kinds must be of full, hash, .*, cafe_single_level, mem_rec, got full, magic",
         ),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--optimizer", "lamb"], "--optimizer must be of rowwise_adagrad, adagrad, sgd"),

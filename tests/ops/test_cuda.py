@@ -146,3 +146,28 @@ def test_rows_of_a_pool_are_the_same_on_both():
         for expected, got in zip(found["cpu"], found["cuda"], strict=True):
             assert torch.equal(expected, got.cpu())
     assert (states["cpu"].hot_rows == ops.MEDIUM).any()
+
+
+@pytest.mark.parametrize("num_hashes", [1, 3])
+def test_bloom_encodings_are_the_same_on_both(num_hashes):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 4, (3 * 200,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.randint(0, 900, (int(lengths.sum()),), generator=generator)
+    tables = torch.tensor([[1000, 16, 0, 0, 0], [900, 16, 0, 0, 1], [2000, 16, 0, 0, 2]])
+    bits = ops.BloomBits(first_shard=0, shards_held=16, per_shard=20, num_hashes=num_hashes)
+    batch = ids, offsets, tables
+    on_gpu = tuple(tensor.cuda() for tensor in batch)
+    for expected, got in zip(
+        ops.bloom_rows(*batch, bits), ops.bloom_rows(*on_gpu, bits), strict=True
+    ):
+        assert torch.equal(expected, got.cpu())
+    weights = torch.randn((16, 20), generator=generator)
+    factors = ops.bloom_weigh(weights, *batch, bits)
+    assert torch.equal(factors, ops.bloom_weigh(weights.cuda(), *on_gpu, bits).cpu())
+    rows, grads = ops.bloom_weigh_backward(factors, *batch, bits)
+    rows_gpu, grads_gpu = ops.bloom_weigh_backward(factors.cuda(), *on_gpu, bits)
+    added = torch.zeros(16 * 20 // 4, 4).index_add_(0, rows_gpu.cpu(), grads_gpu.cpu())
+    expected = torch.zeros(16 * 20 // 4, 4)
+    expected[rows] = grads
+    torch.testing.assert_close(added, expected)

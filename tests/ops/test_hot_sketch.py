@@ -187,7 +187,15 @@ for _ in range(6):
     )
     ops.rebalance(state, torch.arange(16), hysteresis=0.1, num_medium=6)
     lookups = ops.add_second_rows(remapped, pool)
-    for tensor in (*remapped, *lookups, *state.tensors().values()):
+    bits = ops.BloomBits(first_shard=0, shards_held=16, per_shard=20, num_hashes=3)
+    shards = torch.tensor([[3000, 16, 0, 0, 0], [9, 16, 0, 0, 1]])
+    table = torch.rand((16, 20), generator=generator)
+    batch = ids, torch.arange(4001), shards
+    token_rows = torch.rand((16 * 20, 24), generator=generator)
+    bloom = *ops.bloom_rows(*batch, bits), ops.bloom_weigh(table, *batch, bits)
+    for rows in (token_rows, token_rows.half()):
+        bloom += (ops.bloom_pool(rows, table, *batch, row_bits=bits, weight_bits=bits),)
+    for tensor in (*remapped, *lookups, *bloom, *state.tensors().values()):
         digest.update(tensor.numpy().tobytes())
 print(digest.hexdigest())
 """

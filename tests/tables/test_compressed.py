@@ -169,7 +169,7 @@ def test_importance_is_the_norm_of_the_bags_gradient_times_the_weight():
         shard = id_ * SHARED // IDS * SHARDS // SHARED
         place = reference.find(sketch.buckets, shard, id_)
         assert place is not None
-        total, count = pool.state_tensors()["norms"][shard, 0]
+        total, count = pool.state_tensors()["sketch_norms"][shard, 0]
         found[id_] = float(sketch.scores[shard][place] * total / count)
     length = DIM**0.5
     assert found[3] == pytest.approx(2 * length * 1 + 4 * length * 1)

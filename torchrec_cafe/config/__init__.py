@@ -3,12 +3,14 @@
 from torchrec_cafe.config.budget import TableKind
 from torchrec_cafe.config.cafe import Cafe
 from torchrec_cafe.config.hashing import Hash, QuotientRemainder, remainder_rows
+from torchrec_cafe.config.mem_rec import MemRec
 from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape, item_bytes
 
 __all__ = [
     "Allocation",
     "Cafe",
     "Hash",
+    "MemRec",
     "MemoryBreakdown",
     "QuotientRemainder",
     "TableKind",

@@ -13,8 +13,6 @@ from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape,
 class TableKind(ABC):
     """How a table is kept. Kinds are frozen dataclasses: values, safe to share between tables."""
 
-    compression: float
-
     @abstractmethod
     def allocate(self, tables: Sequence[TableShape]) -> Allocation:
         """Divide the budget of a group of tables.

@@ -27,7 +27,8 @@ class MemoryBreakdown:
     """What a table or a group of tables keeps resident, in bytes.
 
     Attributes:
-        shared_bytes: rows that ids share, second rows, and rows of tables kept whole.
+        shared_bytes: rows that ids share, second rows, and rows of tables kept whole; MEM-REC's
+            token rows and weights.
         hot_bytes: rows that hot ids own.
         sketch_bytes: slots and statistics of HotSketch.
         map_bytes: map from hot rows to their owners.
@@ -101,12 +102,15 @@ class Allocation:
     """The rows that a group of tables of one kind gets.
 
     Attributes:
-        shared_rows: per table, the rows its ids share; equal to ``num_embeddings`` if kept whole.
+        shared_rows: per table, the rows its ids share; equal to ``num_embeddings`` if kept whole,
+            0 if all its rows are in a pool.
         num_shards: virtual shards of the pool of hot rows; 0 without a pool.
         hot_rows_per_shard: hot rows of a virtual shard.
         second_rows_per_shard: rows of a virtual shard that medium ids add to their shared row.
         buckets_per_shard: buckets of HotSketch of a virtual shard.
-        tracked: tables whose ids may own a hot row, in the order of their numbers in the pool.
+        token_rows_per_shard: rows of a virtual shard of MEM-REC's token table.
+        weights_per_shard: weights of a virtual shard of MEM-REC's weight table.
+        tracked: tables whose ids have rows in the pool, in the order of their numbers in it.
         memory: what the group costs.
     """
 
@@ -116,6 +120,8 @@ class Allocation:
     hot_rows_per_shard: int = 0
     second_rows_per_shard: int = 0
     buckets_per_shard: int = 0
+    token_rows_per_shard: int = 0
+    weights_per_shard: int = 0
     tracked: tuple[str, ...] = ()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from torchrec_cafe.distributed._torchrec import (
 )
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
 from torchrec_cafe.distributed.row_wise import CompressedRwPooledEmbeddingSharding
-from torchrec_cafe.distributed.sketch_state import load_sketches, sharded_sketches
+from torchrec_cafe.distributed.sharded_state import load_state, sharded_state
 from torchrec_cafe.distributed.types import (
     GROUP_PARAM,
     CompressedGroup,
@@ -36,7 +37,7 @@ _COMPRESSED = "compressed_"
 
 
 def _pool_config(group: CompressedGroup, like: EmbeddingBagConfig) -> EmbeddingBagConfig:
-    """The pool of hot rows as a table without features."""
+    """The rows of a pool as a table without features."""
     return EmbeddingBagConfig(
         name=group.name,
         num_embeddings=group.pool_rows,
@@ -46,14 +47,22 @@ def _pool_config(group: CompressedGroup, like: EmbeddingBagConfig) -> EmbeddingB
         feature_names=[],
         weight_init_min=0.0,
         weight_init_max=0.0,
-        init_fn=torch.nn.init.zeros_,
+        init_fn=_init_of_pool(group),
     )
+
+
+def _init_of_pool(group: CompressedGroup) -> Callable[[Tensor], Tensor | None]:
+    """Hot and second rows are filled when they get an owner; token rows start as any table's."""
+    if group.token_rows_per_shard == 0:
+        return torch.nn.init.zeros_
+    spread = group.pool_rows**-0.5
+    return functools.partial(torch.nn.init.uniform_, a=-spread, b=spread)
 
 
 def _pool_sharding(
     group: CompressedGroup, like: CompressedParameterSharding, dim: int
 ) -> ParameterSharding:
-    """The pool's hot rows, cut where the virtual shards are."""
+    """The pool's rows, cut where the virtual shards are."""
     spec = cast(EnumerableShardingSpec, like.sharding_spec)
     placements = [shard.placement for shard in spec.shards]
     shards = group.shard_bounds(len(placements))
@@ -164,8 +173,8 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         super().__init__(module, module.plan, env, **options)
         # Ids are those of the uncompressed tables.
         present_tables(self, module.logical_configs)
-        self._register_state_dict_hook(_add_sketches)
-        self._register_load_state_dict_pre_hook(_take_sketches, with_module=True)
+        self._register_state_dict_hook(_add_state)
+        self._register_load_state_dict_pre_hook(_take_state, with_module=True)
 
     @classmethod
     def create_grouped_sharding_infos(
@@ -239,17 +248,17 @@ def _check_optimizers(infos: dict[str, list[EmbeddingShardingInfo]]) -> None:
             )
 
 
-def _add_sketches(
+def _add_state(
     module: ShardedCompressedEmbeddingBagCollection,
     destination: dict[str, Any],
     prefix: str,
     _metadata: dict[str, Any],
 ) -> None:
     for kernel in module.compressed_kernels():
-        destination.update(sharded_sketches(kernel, f"{prefix}embedding_bags."))
+        destination.update(sharded_state(kernel, f"{prefix}embedding_bags."))
 
 
-def _take_sketches(
+def _take_state(
     module: ShardedCompressedEmbeddingBagCollection,
     state_dict: dict[str, Any],
     prefix: str,
@@ -259,7 +268,7 @@ def _take_sketches(
     *_args: Any,
 ) -> None:
     for kernel in module.compressed_kernels():
-        missing = load_sketches(kernel, state_dict, f"{prefix}embedding_bags.")
+        missing = load_state(kernel, state_dict, f"{prefix}embedding_bags.")
         if strict:
             missing_keys += missing
 
@@ -331,8 +340,8 @@ def resident_bytes(module: nn.Module) -> int:
         for kernel in kernels_of(child):
             weights: list[Tensor] = kernel.split_embedding_weights()
             total += sum(w.numel() * w.element_size() for w in weights)
-            if isinstance(kernel, CompressedEmbeddingBag) and kernel.bags.pool is not None:
-                total += kernel.bags.pool.num_bytes
+            if isinstance(kernel, CompressedEmbeddingBag) and kernel.bags.state is not None:
+                total += kernel.bags.state.num_bytes
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from torchrec.modules.embedding_configs import data_type_to_sparse_type
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_cafe.config import Cafe, QuotientRemainder, remainder_rows
+from torchrec_cafe.config import Cafe, MemRec, QuotientRemainder, remainder_rows
 from torchrec_cafe.distributed._torchrec import (
     BaseBatchedEmbeddingBag,
     EmbeddingFusedOptimizer,
@@ -29,6 +30,8 @@ from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
 from torchrec_cafe.ops import PoolRows
 from torchrec_cafe.tables import (
     CompressedBags,
+    MemRecLayout,
+    MemRecRows,
     PoolLayout,
     QuotientRemainderRows,
     RowLookup,
@@ -75,17 +78,27 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
         fused_params = config.fused_params or {}
         self.group: CompressedGroup = fused_params[GROUP_PARAM]
         device = device or torch.device("cpu")
+        of_tbe = {k: v for k, v in fused_params.items() if k not in _OWN_PARAMS}
         self._emb_module = RowRangeTBE(
             self._local_rows,
             config.embedding_tables[0].embedding_dim,
             weights_precision=data_type_to_sparse_type(config.data_type),
             device=device,
-            fused_params={k: v for k, v in fused_params.items() if k not in _OWN_PARAMS},
+            fused_params=of_tbe,
         )
-        self.bags = CompressedBags(self._rows(device), self._emb_module)
+        self.bags = CompressedBags(self._rows(device, of_tbe), self._emb_module)
         self._optim = EmbeddingFusedOptimizer(config, self._emb_module, pg)
 
-    def _rows(self, device: torch.device) -> RowLookup:
+    def _rows(self, device: torch.device, fused_params: dict[str, Any]) -> RowLookup:
+        if isinstance(self.group.kind, MemRec):
+            layout = self._mem_rec_layout(self.group.kind)
+            tables = [
+                dataclasses.replace(
+                    table, shared_rows=self.group.num_shards, first_row=layout.first_shard
+                )
+                for table in self._table_layouts()
+            ]
+            return MemRecRows(tables, layout, self._emb_module, fused_params)
         if isinstance(self.group.kind, QuotientRemainder):
             return QuotientRemainderRows(self._table_layouts(), device)
         return SharedRows(self._table_layouts(), self._pool_layout(), device)
@@ -116,13 +129,12 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
         if not self.group.has_pool:
             return None
         assert isinstance(self.group.kind, Cafe)
-        pool = self._config.embedding_tables[-1]
-        per_shard = self.group.pool_rows_per_shard
+        first_shard, shards_held = self._shards()
         return PoolLayout(
             kind=self.group.kind,
             num_shards=self.group.num_shards,
-            first_shard=_first_row(pool) // per_shard,
-            shards_held=pool.local_rows // per_shard,
+            first_shard=first_shard,
+            shards_held=shards_held,
             buckets_per_shard=self.group.buckets_per_shard,
             rows=PoolRows(
                 offset=sum(self._local_rows[:-1]),
@@ -131,6 +143,22 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
             ),
             num_medium=MEDIUM_IDS_PER_ROW * self.group.second_rows_per_shard,
         )
+
+    def _mem_rec_layout(self, kind: MemRec) -> MemRecLayout:
+        first_shard, shards_held = self._shards()
+        return MemRecLayout(
+            kind=kind,
+            first_shard=first_shard,
+            shards_held=shards_held,
+            token_rows_per_shard=self.group.token_rows_per_shard,
+            weights_per_shard=self.group.weights_per_shard,
+        )
+
+    def _shards(self) -> tuple[int, int]:
+        """First virtual shard of the rank, and how many it holds."""
+        pool = self._config.embedding_tables[-1]
+        per_shard = self.group.pool_rows_per_shard
+        return _first_row(pool) // per_shard, pool.local_rows // per_shard
 
     @property
     def emb_module(self) -> SplitTableBatchedEmbeddingBagsCodegen:
@@ -170,8 +198,8 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
 
     def purge(self) -> None:
         """Forget what is not part of the state, before it is overwritten from outside."""
-        if self.bags.pool is not None:
-            self.bags.pool.reload()
+        if self.bags.state is not None:
+            self.bags.state.reload()
 
     def named_buffers(  # torch's signature
         self,

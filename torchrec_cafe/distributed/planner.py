@@ -85,7 +85,7 @@ def _planned_rows(group: CompressedGroup, name: str) -> int:
     if table.index < 0 or not tracked:
         return table.shared_rows
     share = table.num_ids / sum(t.num_ids for t in tracked)
-    return table.shared_rows + round(group.pool_rows * share)
+    return max(1, table.shared_rows + round(group.pool_rows * share))
 
 
 class EmbeddingShardingPlanner(TorchRecPlanner):

@@ -23,8 +23,8 @@ class CompressedTable:
         name: name of the table.
         num_ids: rows of the uncompressed table.
         shared_rows: rows that its ids share, or look up by quotient and remainder; ``num_ids`` if
-            it is kept whole.
-        index: number in the pool, or -1: its ids never own a hot row.
+            it is kept whole; 0 if all its rows are in the pool.
+        index: number in the pool, or -1: its ids have no rows in it.
     """
 
     name: str
@@ -52,7 +52,7 @@ class CompressedTable:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedGroup:
-    """Tables that share a budget, a TBE and (for :class:`Cafe`) a pool of hot rows.
+    """Tables that share a budget, a TBE and (some kinds) a pool of rows.
 
     Hashable, because TorchRec groups tables by their fused parameters.
 
@@ -64,6 +64,8 @@ class CompressedGroup:
         hot_rows_per_shard: hot rows of a virtual shard.
         second_rows_per_shard: rows of a virtual shard that medium ids add to their shared row.
         buckets_per_shard: sketch buckets of a virtual shard.
+        token_rows_per_shard: token rows of a virtual shard, of :class:`MemRec`.
+        weights_per_shard: weights of a virtual shard, of :class:`MemRec`.
     """
 
     name: str
@@ -73,6 +75,8 @@ class CompressedGroup:
     hot_rows_per_shard: int
     second_rows_per_shard: int
     buckets_per_shard: int
+    token_rows_per_shard: int
+    weights_per_shard: int
 
     @classmethod
     def from_allocation(
@@ -104,21 +108,23 @@ class CompressedGroup:
             hot_rows_per_shard=allocation.hot_rows_per_shard,
             second_rows_per_shard=allocation.second_rows_per_shard,
             buckets_per_shard=allocation.buckets_per_shard,
+            token_rows_per_shard=allocation.token_rows_per_shard,
+            weights_per_shard=allocation.weights_per_shard,
         )
 
     @property
     def has_pool(self) -> bool:
-        """Whether ids of the group can own a row."""
+        """Whether rows are shared by all tables of the group."""
         return self.num_shards > 0
 
     @property
     def pool_rows_per_shard(self) -> int:
-        """Hot and second rows of a virtual shard."""
-        return self.hot_rows_per_shard + self.second_rows_per_shard
+        """Hot, second and token rows of a virtual shard."""
+        return self.hot_rows_per_shard + self.second_rows_per_shard + self.token_rows_per_shard
 
     @property
     def pool_rows(self) -> int:
-        """Hot and second rows over all ranks."""
+        """Rows of the pool over all ranks."""
         return self.num_shards * self.pool_rows_per_shard
 
     def table(self, name: str) -> CompressedTable:
@@ -135,7 +141,7 @@ class CompressedGroup:
             raise ValueError(
                 f"group {self.name!r}: num_shards must be at least the number of ranks, got "
                 f"num_shards={self.num_shards} for {world_size} ranks; "
-                f"set Cafe(num_shards={world_size}) or more"
+                f"set {type(self.kind).__name__}(num_shards={world_size}) or more"
             )
         return even_bounds(self.num_shards, world_size)
 
@@ -166,6 +172,9 @@ class CompressedGroup:
 
     def id_bounds(self, table: CompressedTable, world_size: int) -> list[int]:
         """First mixed id of each rank, and the number of ids: ``world_size + 1`` numbers."""
+        if table.shared_rows == 0:
+            shards = self.shard_bounds(world_size)
+            return [first_mixed_id(shard, table.num_ids, self.num_shards) for shard in shards]
         rows = self.row_bounds(table, world_size)
         return [first_mixed_id(row, table.num_ids, table.shared_rows) for row in rows]
 

@@ -4,6 +4,13 @@ Each function checks its arguments, then calls the operator of the same name in
 ``torch.ops.torchrec_cafe``; :mod:`torchrec_cafe.ops.reference` defines it in plain PyTorch.
 """
 
+from torchrec_cafe.ops.bloom import (
+    BloomBits,
+    bloom_pool,
+    bloom_rows,
+    bloom_weigh,
+    bloom_weigh_backward,
+)
 from torchrec_cafe.ops.hot_sketch import (
     ACTION_ADD,
     ACTION_CLEAR,
@@ -51,6 +58,7 @@ __all__ = [
     "SLOTS",
     "TABLE_COLUMNS",
     "WEAR",
+    "BloomBits",
     "HotRows",
     "Lookups",
     "Moves",
@@ -58,6 +66,10 @@ __all__ = [
     "Remapped",
     "SketchState",
     "add_second_rows",
+    "bloom_pool",
+    "bloom_rows",
+    "bloom_weigh",
+    "bloom_weigh_backward",
     "first_mixed_id",
     "learn",
     "mix_ids",

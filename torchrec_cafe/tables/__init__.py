@@ -3,15 +3,20 @@
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.compressed import CompressedBags
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
+from torchrec_cafe.tables.mem_rec import MemRecLayout, MemRecRows
 from torchrec_cafe.tables.rows import QuotientRemainderRows, RowLookup, SharedRows, TableLayout
+from torchrec_cafe.tables.state import ShardedState
 
 __all__ = [
     "CompressedBags",
     "HotRowPool",
+    "MemRecLayout",
+    "MemRecRows",
     "PoolLayout",
     "QuotientRemainderRows",
     "RowLookup",
     "RowRangeTBE",
+    "ShardedState",
     "SharedRows",
     "TableLayout",
 ]

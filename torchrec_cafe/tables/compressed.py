@@ -12,6 +12,7 @@ from torchrec_cafe.ops import Remapped
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool
 from torchrec_cafe.tables.rows import RowLookup, SharedRows
+from torchrec_cafe.tables.state import ShardedState
 
 
 class CompressedBags(nn.Module):
@@ -33,6 +34,11 @@ class CompressedBags(nn.Module):
         """The pool of hot rows, if the tables have one."""
         return self.rows.pool if isinstance(self.rows, SharedRows) else None
 
+    @property
+    def state(self) -> ShardedState | None:
+        """What the tables keep besides rows."""
+        return self.rows.state
+
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Look up and pool.
 
@@ -45,17 +51,16 @@ class CompressedBags(nn.Module):
             ``[B, F * D]``; in training mode its gradient feeds the sketch.
         """
         self.settle()
-        lookups, batch = self.rows(ids, offsets, with_source=weights is not None)
-        pooled = self.tbe(
-            indices=lookups.rows,
-            offsets=lookups.offsets,
-            per_sample_weights=None if weights is None else weights[lookups.source],
-        )
+        num_features = self.rows.num_features
+        batch_size = (offsets.numel() - 1) // num_features
+        if not torch.is_grad_enabled():
+            pooled = self.rows.infer(ids, offsets, weights, self.tbe)
+            return pooled.view(batch_size, num_features * pooled.shape[1])
+        rows, starts, factors, batch = self.rows(ids, offsets, weights)
+        pooled = self.tbe(indices=rows, offsets=starts, per_sample_weights=factors)
         if batch is not None and self.training and pooled.requires_grad:
             given = None if weights is None else weights.detach()
             pooled.register_hook(lambda grad: self._learn(grad, offsets, batch, given))
-        num_features = self.rows.num_features
-        batch_size = (offsets.numel() - 1) // num_features
         return pooled.view(batch_size, num_features * pooled.shape[1])
 
     def settle(self) -> None:

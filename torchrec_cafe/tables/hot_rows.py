@@ -24,6 +24,7 @@ from torchrec_cafe.ops import (
     observe,
     rebalance,
 )
+from torchrec_cafe.tables.state import ShardedState
 
 # Weight that the running mean of a table's importance keeps from step to step: it follows the
 # training within some hundred steps and averages over enough occurrences even in a rare table.
@@ -55,7 +56,7 @@ class PoolLayout:
     num_medium: int = 0
 
 
-class HotRowPool(nn.Module):
+class HotRowPool(nn.Module, ShardedState):
     """Decides which ids own a row, and moves the rows.
 
     Learning is split in two so that no update is lost. :meth:`learn` runs in backward, before
@@ -118,7 +119,13 @@ class HotRowPool(nn.Module):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint has to hold, not copied; the first axis is the virtual shard."""
-        return self.sketch.tensors() | {"norms": self._norms}
+        state = self.sketch.tensors() | {"norms": self._norms}
+        return {f"sketch_{name}": tensor for name, tensor in state.items()}
+
+    @property
+    def first_shard(self) -> int:
+        """Global number of the rank's first virtual shard."""
+        return self.layout.first_shard
 
     @property
     def num_bytes(self) -> int:

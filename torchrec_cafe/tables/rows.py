@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from torchrec_cafe.ops import (
     quotient_remainder,
     remap,
 )
+from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
+from torchrec_cafe.tables.state import ShardedState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,22 @@ class TableLayout:
     num_rows: int
     num_features: int
     index: int
+
+
+class BagRows(NamedTuple):
+    """What a TBE is to look up.
+
+    Attributes:
+        rows: int64 ``[M]``, physical rows.
+        offsets: int64 ``[B * F + 1]``, where each bag starts in ``rows``.
+        factors: float32 ``[M]``, what each row is multiplied by; ``None``: all one.
+        batch: what a pool of hot rows learns from, if there is one.
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    factors: Tensor | None
+    batch: Remapped | None = None
 
 
 class RowLookup(nn.Module, ABC):
@@ -86,20 +104,37 @@ class RowLookup(nn.Module, ABC):
         """Features of a batch."""
         return self._tables.shape[0]
 
+    @property
+    def state(self) -> ShardedState | None:
+        """What it keeps besides the rows."""
+        return None
+
     @abstractmethod
-    def forward(
-        self, ids: Tensor, offsets: Tensor, *, with_source: bool
-    ) -> tuple[Lookups, Remapped | None]:
+    def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
         """Find the rows.
 
         Args:
             ids: int64 ``[N]``, mixed ids relative to the first of this rank, feature-major.
             offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
-            with_source: whether the lookups must say which id each row came from.
+            weights: float32 ``[N]``, factor of each id's rows in its bag's sum; ``None``: all one.
+        """
+
+    def infer(
+        self, ids: Tensor, offsets: Tensor, weights: Tensor | None, tbe: RowRangeTBE
+    ) -> Tensor:
+        """Pool the bags where no gradient is wanted.
+
+        Args:
+            ids: as :meth:`forward` takes them.
+            offsets: as :meth:`forward` takes them.
+            weights: as :meth:`forward` takes them.
+            tbe: holds the rows.
 
         Returns:
-            What to look up; and what a pool of hot rows learns from, if there is one.
+            ``[B * F, D]``, in the TBE's output dtype.
         """
+        found = self(ids, offsets, weights)
+        return tbe(indices=found.rows, offsets=found.offsets, per_sample_weights=found.factors)
 
 
 @final
@@ -129,29 +164,28 @@ class SharedRows(RowLookup):
                 [row[-1] for row in columns],
             )
 
-    def forward(
-        self, ids: Tensor, offsets: Tensor, *, with_source: bool
-    ) -> tuple[Lookups, Remapped | None]:
+    @property
+    def state(self) -> ShardedState | None:
+        """The pool's."""
+        return self.pool
+
+    def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
         """Find the rows; see the base class."""
-        if self.pool is None:
-            hot = self._no_hot_rows
-            batch = remap(ids, offsets, self._tables, hot, with_source=with_source)
-            return Lookups(batch.rows, batch.offsets, batch.source), None
-        layout = self.pool.layout.rows
-        hot = self.pool.hot_rows()
-        batch = remap(ids, offsets, self._tables, hot, with_source=with_source)
-        if layout.second_rows_per_shard > 0:
-            return add_second_rows(batch, layout), batch
-        return Lookups(batch.rows, batch.offsets, batch.source), batch
+        hot = self._no_hot_rows if self.pool is None else self.pool.hot_rows()
+        batch = remap(ids, offsets, self._tables, hot, with_source=weights is not None)
+        found = Lookups(batch.rows, batch.offsets, batch.source)
+        if hot.rows.second_rows_per_shard > 0:
+            found = add_second_rows(batch, hot.rows)
+        factors = None if weights is None else weights[found.source]
+        return BagRows(found.rows, found.offsets, factors, None if self.pool is None else batch)
 
 
 @final
 class QuotientRemainderRows(RowLookup):
     """An id has a row for its remainder and one for its quotient."""
 
-    def forward(
-        self, ids: Tensor, offsets: Tensor, *, with_source: bool
-    ) -> tuple[Lookups, Remapped | None]:
+    def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
         """Find the rows; see the base class."""
-        del with_source  # they always say
-        return quotient_remainder(ids, offsets, self._tables), None
+        found = quotient_remainder(ids, offsets, self._tables)
+        factors = None if weights is None else weights[found.source]
+        return BagRows(found.rows, found.offsets, factors)

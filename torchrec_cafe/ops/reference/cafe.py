@@ -1,7 +1,4 @@
-"""The operators in plain PyTorch and Python: the readable statement of what they do.
-
-Same names, same arguments, same results bit for bit, no native code. Slow: one step per occurrence.
-"""
+"""Hashing, the sketch, and the rows of CAFE and of the quotient-remainder trick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sketch of a pool in checkpoints: sharded tensors whose first axis is the virtual shard."""
+"""What a group keeps besides rows, in checkpoints: sharded tensors by virtual shard."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def _shard_metadata(kernel: CompressedEmbeddingBag, tensor: Tensor) -> list[Shar
     ]
 
 
-def sharded_sketches(kernel: CompressedEmbeddingBag, prefix: str) -> dict[str, ShardedTensor]:
-    """The kernel's sketch as sharded tensors that share its memory.
+def sharded_state(kernel: CompressedEmbeddingBag, prefix: str) -> dict[str, ShardedTensor]:
+    """The kernel's state as sharded tensors that share its memory.
 
     Args:
-        kernel: a kernel; without a pool the result is empty.
+        kernel: a kernel; of tables that keep nothing but rows the result is empty.
         prefix: what goes before the name of the pool.
 
     Returns:
-        ``{prefix}{pool}.sketch_{state}`` for each tensor of the sketch.
+        ``{prefix}{pool}.{name}`` for each tensor.
     """
-    pool = kernel.bags.pool
-    if pool is None:
+    state = kernel.bags.state
+    if state is None:
         return {}
-    first = pool.layout.first_shard
+    first = state.first_shard
     result = {}
-    for name, tensor in pool.state_tensors().items():
+    for name, tensor in state.state_tensors().items():
         shards = _shard_metadata(kernel, tensor)
         mine = next(
             s for s in shards if s.shard_offsets[0] == first and s.shard_sizes[0] == len(tensor)
@@ -58,19 +58,19 @@ def sharded_sketches(kernel: CompressedEmbeddingBag, prefix: str) -> dict[str, S
             size=torch.Size([kernel.group.num_shards, *tensor.shape[1:]]),
             tensor_properties=TensorProperties(dtype=tensor.dtype),
         )
-        key = f"{prefix}{kernel.group.name}.sketch_{name}"
+        key = f"{prefix}{kernel.group.name}.{name}"
         result[key] = sharded_tensor(tensor, mine, metadata, kernel)
     return result
 
 
-def load_sketches(
+def load_state(
     kernel: CompressedEmbeddingBag, state_dict: dict[str, Any], prefix: str
 ) -> list[str]:
-    """Copy a checkpoint's sketch into the kernel and take it out of ``state_dict``.
+    """Copy a checkpoint's state into the kernel and take it out of ``state_dict``.
 
     Args:
         kernel: a kernel, mutated.
-        state_dict: mutated: the sketch's entries are removed.
+        state_dict: mutated: the state's entries are removed.
         prefix: what goes before the name of the pool.
 
     Returns:
@@ -79,12 +79,12 @@ def load_sketches(
     Raises:
         ValueError: if a tensor has another shape; nothing is copied then.
     """
-    pool = kernel.bags.pool
-    if pool is None:
+    state = kernel.bags.state
+    if state is None:
         return []
     missing, loaded = [], []
-    for name, tensor in pool.state_tensors().items():
-        key = f"{prefix}{kernel.group.name}.sketch_{name}"
+    for name, tensor in state.state_tensors().items():
+        key = f"{prefix}{kernel.group.name}.{name}"
         if key not in state_dict:
             missing.append(key)
             continue
@@ -100,5 +100,5 @@ def load_sketches(
         loaded.append((tensor, value))
     for tensor, value in loaded:
         tensor.copy_(value)
-    pool.reload()
+    state.reload()
     return missing

@@ -1,0 +1,262 @@
+// Bloom encodings of ids: their token rows, and their weights.
+#include "bloom.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/offsets.h"
+#include "cpu/tensors.h"
+
+namespace torchrec_cafe {
+namespace {
+
+// Below this many ids per thread, starting the threads costs more than they save.
+constexpr int64_t kIdsPerThread = 2048;
+
+// The ids of a batch, feature-major.
+struct Batch {
+  const int64_t* ids;
+  const int64_t* offsets;
+  int64_t num_features;
+  int64_t batch_size;
+  std::vector<Table> tables;
+
+  Batch(const Tensor& ids_in, const Tensor& offsets_in, const Tensor& tables_in)
+      : ids(ids_in.const_data_ptr<int64_t>()),
+        offsets(offsets_in.const_data_ptr<int64_t>()),
+        num_features(tables_in.size(0)),
+        batch_size((offsets_in.numel() - 1) / num_features) {
+    check_offsets(offsets, offsets_in.numel(), ids_in.numel());
+    for (int64_t f = 0; f < num_features; ++f) {
+      tables.push_back(Table::load(tables_in.const_data_ptr<int64_t>(), f));
+    }
+  }
+
+  // Calls run(feature, first id, end) for each feature's part of the ids [begin, end).
+  template <typename Run>
+  void each_feature(int64_t begin, int64_t end, const Run& run) const {
+    for (int64_t f = 0; f < num_features; ++f) {
+      const int64_t first = std::max(begin, offsets[f * batch_size]);
+      const int64_t last = std::min(end, offsets[(f + 1) * batch_size]);
+      if (first < last) run(tables[f], first, last);
+    }
+  }
+};
+
+using Rows = std::tuple<Tensor, Tensor, Tensor>;
+
+// Calls run(block, first sample, end) for blocks of samples of about kIdsPerThread ids.
+template <typename Run>
+void each_block(const Batch& batch, int64_t num_ids, const Run& run) {
+  const int64_t per_sample = 1 + num_ids / std::max<int64_t>(1, batch.batch_size);
+  const int64_t samples = std::max<int64_t>(1, kIdsPerThread / per_sample);
+  const int64_t num_blocks = (batch.batch_size + samples - 1) / samples;
+  torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      run(block, block * samples, std::min(batch.batch_size, (block + 1) * samples));
+    }
+  });
+}
+
+// Calls run(id, bits of the block, place in it) for the ids [begin, end) of a feature, in order.
+template <typename Run>
+void each_encoded(const Batch& batch, const BloomEncoder& encoder, const Table& table,
+                  int64_t begin, int64_t end, const Run& run) {
+  BloomBits bits;
+  for (int64_t from = begin; from < end; from += kBloomBlock) {
+    const int size = static_cast<int>(std::min<int64_t>(kBloomBlock, end - from));
+    kernels().bloom_encode(encoder, table, batch.ids + from, size, bits);
+    for (int i = 0; i < size; ++i) run(from + i, bits, i);
+  }
+}
+
+// Number of rows of the ids of samples [begin, end).
+int64_t count_rows(const Batch& batch, const BloomEncoder& encoder, int64_t begin, int64_t end) {
+  int64_t count = 0;
+  for (int64_t f = 0; f < batch.num_features; ++f) {
+    const int64_t* bags = batch.offsets + f * batch.batch_size;
+    if (encoder.num_hashes == 1) {
+      count += bags[end] - bags[begin];
+      continue;
+    }
+    each_encoded(batch, encoder, batch.tables[f], bags[begin], bags[end],
+                 [&](int64_t, const BloomBits& bits, int i) {
+                   for (int h = 0; h < encoder.num_hashes; ++h) count += bits.at[h][i] >= 0;
+                 });
+  }
+  return count;
+}
+
+// Where the rows of bags are written, sample-major.
+struct RowsOutput {
+  int64_t* rows;
+  int64_t* offsets;
+  int32_t* source;
+};
+
+void write_rows(const Batch& batch, const BloomEncoder& encoder, int64_t begin, int64_t end,
+                int64_t next, const RowsOutput& out) {
+  // Encoded feature by feature, and then put in the order of the samples.
+  const int hashes = encoder.num_hashes;
+  std::vector<int64_t> place(batch.num_features);
+  std::vector<int32_t> found;
+  for (int64_t f = 0; f < batch.num_features; ++f) {
+    const int64_t* bags = batch.offsets + f * batch.batch_size;
+    place[f] = static_cast<int64_t>(found.size()) - bags[begin] * hashes;
+    found.resize(found.size() + (bags[end] - bags[begin]) * hashes);
+    int32_t* to = found.data() + place[f];
+    each_encoded(batch, encoder, batch.tables[f], bags[begin], bags[end],
+                 [&](int64_t id, const BloomBits& bits, int i) {
+                   for (int h = 0; h < hashes; ++h) to[id * hashes + h] = bits.at[h][i];
+                 });
+  }
+  for (int64_t b = begin; b < end; ++b) {
+    for (int64_t f = 0; f < batch.num_features; ++f) {
+      const int64_t* bag = batch.offsets + f * batch.batch_size + b;
+      const int32_t* from = found.data() + place[f];
+      out.offsets[b * batch.num_features + f] = next;
+      for (int64_t i = bag[0]; i < bag[1]; ++i) {
+        for (int h = 0; h < hashes; ++h) {
+          const int32_t row = from[i * hashes + h];
+          if (row < 0) continue;
+          out.rows[next] = row;
+          out.source[next++] = static_cast<int32_t>(i);
+        }
+      }
+    }
+  }
+}
+
+Rows bloom_rows_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
+                    int64_t first_shard, int64_t shards_held, int64_t rows_per_shard,
+                    int64_t num_hashes) {
+  check_bloom(ids, offsets, tables, shards_held, rows_per_shard, num_hashes);
+  const Batch batch(ids, offsets, tables);
+  const BloomEncoder encoder(first_shard, shards_held, rows_per_shard, num_hashes, kTokenPairs);
+  const int64_t num_bags = offsets.numel() - 1;
+  std::vector<int64_t> first(batch.batch_size + 1, 0);  // where each block's rows begin
+  each_block(batch, ids.numel(), [&](int64_t block, int64_t begin, int64_t end) {
+    first[block + 1] = count_rows(batch, encoder, begin, end);
+  });
+  std::partial_sum(first.begin(), first.end(), first.begin());
+  Tensor rows = empty_cpu<1>({first.back()}, aoti_torch_dtype_int64());
+  Tensor out_offsets = empty_cpu<1>({num_bags + 1}, aoti_torch_dtype_int64());
+  Tensor source = empty_cpu<1>({first.back()}, aoti_torch_dtype_int32());
+  const RowsOutput out{rows.mutable_data_ptr<int64_t>(), out_offsets.mutable_data_ptr<int64_t>(),
+                       source.mutable_data_ptr<int32_t>()};
+  out.offsets[num_bags] = first.back();
+  each_block(batch, ids.numel(), [&](int64_t block, int64_t begin, int64_t end) {
+    write_rows(batch, encoder, begin, end, first[block], out);
+  });
+  return {rows, out_offsets, source};
+}
+
+Tensor bloom_weigh_cpu(const Tensor& weights, const Tensor& ids, const Tensor& offsets,
+                       const Tensor& tables, int64_t first_shard, int64_t num_hashes) {
+  check_bloom_weights(weights, ids, offsets, tables, num_hashes);
+  const Batch batch(ids, offsets, tables);
+  const BloomEncoder encoder(first_shard, weights.size(0), weights.size(1), num_hashes,
+                             kWeightPairs);
+  Tensor factors = empty_cpu<1>({ids.numel()}, aoti_torch_dtype_float32());
+  const float* weight = weights.const_data_ptr<float>();
+  float* out = factors.mutable_data_ptr<float>();
+  torch::stable::parallel_for(0, ids.numel(), kIdsPerThread, [&](int64_t begin, int64_t end) {
+    batch.each_feature(begin, end, [&](const Table& table, int64_t first, int64_t last) {
+      kernels().bloom_factors(encoder, table, batch.ids + first, last - first, weight, out + first);
+    });
+  });
+  return factors;
+}
+
+// One thread: sums have the same bits for any number of them.
+std::tuple<Tensor, Tensor> bloom_weigh_backward_cpu(const Tensor& grad, const Tensor& ids,
+                                                    const Tensor& offsets, const Tensor& tables,
+                                                    int64_t first_shard, int64_t shards_held,
+                                                    int64_t weights_per_shard, int64_t num_hashes) {
+  check_bloom(ids, offsets, tables, shards_held, weights_per_shard, num_hashes);
+  check_bloom_grad(grad, ids, weights_per_shard);
+  const Batch batch(ids, offsets, tables);
+  const BloomEncoder encoder(first_shard, shards_held, weights_per_shard, num_hashes, kWeightPairs);
+  const int64_t num_rows = ids.numel() == 0 ? 0 : shards_held * weights_per_shard / kWeightsPerRow;
+  std::vector<float> sums(num_rows * kWeightsPerRow, 0.0f);
+  std::vector<uint8_t> touched(num_rows, 0);
+  const float* gradient = grad.const_data_ptr<float>();
+  batch.each_feature(0, ids.numel(), [&](const Table& table, int64_t first, int64_t last) {
+    each_encoded(batch, encoder, table, first, last, [&](int64_t id, const BloomBits& bits, int i) {
+      for (int h = 0; h < encoder.num_hashes; ++h) {
+        const int32_t bit = bits.at[h][i];
+        if (bit < 0) continue;
+        sums[bit] += gradient[id];
+        touched[bit / kWeightsPerRow] = 1;
+      }
+    });
+  });
+  const int64_t size = std::count(touched.begin(), touched.end(), 1);
+  Tensor rows = empty_cpu<1>({size}, aoti_torch_dtype_int64());
+  Tensor grads = empty_cpu<2>({size, kWeightsPerRow}, aoti_torch_dtype_float32());
+  int64_t* out_rows = rows.mutable_data_ptr<int64_t>();
+  float* out_grads = grads.mutable_data_ptr<float>();
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (touched[row] == 0) continue;
+    *out_rows++ = row;
+    out_grads = std::copy_n(sums.data() + row * kWeightsPerRow, kWeightsPerRow, out_grads);
+  }
+  return {rows, grads};
+}
+
+Tensor bloom_pool_cpu(const Tensor& rows, const Tensor& weights, const Tensor& ids,
+                      const Tensor& offsets, const Tensor& tables, const Tensor& per_sample_weights,
+                      int64_t first_shard, int64_t num_hashes, int64_t num_weight_hashes) {
+  check_bloom_pool(rows, weights, ids, offsets, tables, per_sample_weights, num_hashes,
+                   num_weight_hashes);
+  const Batch batch(ids, offsets, tables);
+  const int64_t held = weights.size(0);
+  const int64_t dim = rows.size(1);
+  Tensor pooled =
+      empty_cpu<2>({batch.batch_size, batch.num_features * dim}, aoti_torch_dtype_float32());
+  const BloomLookup in{
+      batch.ids,
+      batch.offsets,
+      batch.tables.data(),
+      batch.num_features,
+      batch.batch_size,
+      BloomEncoder(first_shard, held, rows.size(0) / std::max<int64_t>(1, held), num_hashes,
+                   kTokenPairs),
+      BloomEncoder(first_shard, held, weights.size(1), num_weight_hashes, kWeightPairs),
+      rows.data_ptr(),
+      rows.scalar_type() == ScalarType::Half,
+      dim,
+      weights.const_data_ptr<float>(),
+      per_sample_weights.numel() > 0 ? per_sample_weights.const_data_ptr<float>() : nullptr,
+      pooled.mutable_data_ptr<float>()};
+  const int64_t num_bags = batch.num_features * batch.batch_size;
+  const int64_t bags_per_thread = 1 + kIdsPerThread * num_bags / (1 + ids.numel());
+  torch::stable::parallel_for(0, num_bags, bags_per_thread, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t feature = begin / batch.batch_size;
+      const int64_t last = std::min(end, (feature + 1) * batch.batch_size);
+      kernels().bloom_pool(in, feature, begin - feature * batch.batch_size,
+                           last - feature * batch.batch_size);
+      begin = last;
+    }
+  });
+  return pooled;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CPU, m) {
+  m.impl("bloom_pool", TORCH_BOX(&bloom_pool_cpu));
+  m.impl("bloom_rows", TORCH_BOX(&bloom_rows_cpu));
+  m.impl("bloom_weigh", TORCH_BOX(&bloom_weigh_cpu));
+  m.impl("bloom_weigh_backward", TORCH_BOX(&bloom_weigh_backward_cpu));
+}
+
+}  // namespace torchrec_cafe

@@ -1,0 +1,268 @@
+// Bloom encodings of ids: their token rows, and their weights.
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "bloom.h"
+#include "checks.h"
+#include "launch.cuh"
+#include "scan.cuh"
+
+namespace torchrec_cafe {
+namespace {
+
+// The ids of a batch, feature-major. Offsets out of range are cut.
+struct Batch {
+  const int64_t* ids;
+  const int64_t* offsets;
+  const int64_t* tables;
+  int64_t num_ids;
+  int64_t num_features;
+  int64_t batch_size;
+
+  Batch(const Tensor& ids_in, const Tensor& offsets_in, const Tensor& tables_in)
+      : ids(ids_in.const_data_ptr<int64_t>()),
+        offsets(offsets_in.const_data_ptr<int64_t>()),
+        tables(tables_in.const_data_ptr<int64_t>()),
+        num_ids(ids_in.numel()),
+        num_features(tables_in.size(0)),
+        batch_size((offsets_in.numel() - 1) / num_features) {}
+
+  __host__ __device__ int64_t num_bags() const { return num_features * batch_size; }
+  __device__ int64_t begin(int64_t bag) const { return max(offsets[bag], int64_t{0}); }
+  __device__ int64_t end(int64_t bag) const { return min(offsets[bag + 1], num_ids); }
+};
+
+// Bags are feature-major where they come from and sample-major where they go.
+__device__ int64_t feature_major(const Batch& batch, int64_t bag) {
+  return bag % batch.num_features * batch.batch_size + bag / batch.num_features;
+}
+
+// lengths[1 + bag] = rows of the bag; lengths[0] = 0.
+__global__ void count_bits_kernel(Batch batch, BloomEncoder encoder,
+                                  int64_t* __restrict__ lengths) {
+  for (int64_t bag = first_index(); bag < batch.num_bags(); bag += index_stride()) {
+    const int64_t from = feature_major(batch, bag);
+    const Table table = Table::load(batch.tables, bag % batch.num_features);
+    int64_t bits[kMaxHashes];
+    int64_t length = 0;
+    for (int64_t i = batch.begin(from); i < batch.end(from); ++i) {
+      length += encoder.encode(table, batch.ids[i], bits);
+    }
+    lengths[1 + bag] = length;
+    if (bag == 0) lengths[0] = 0;
+  }
+}
+
+__global__ void write_bits_kernel(Batch batch, BloomEncoder encoder,
+                                  const int64_t* __restrict__ out_offsets,
+                                  int64_t* __restrict__ rows, int32_t* __restrict__ source) {
+  for (int64_t bag = first_index(); bag < batch.num_bags(); bag += index_stride()) {
+    const int64_t from = feature_major(batch, bag);
+    const Table table = Table::load(batch.tables, bag % batch.num_features);
+    int64_t bits[kMaxHashes];
+    int64_t next = out_offsets[bag];
+    for (int64_t i = batch.begin(from); i < batch.end(from); ++i) {
+      const int size = encoder.encode(table, batch.ids[i], bits);
+      for (int j = 0; j < size; ++j) {
+        rows[next] = bits[j];
+        source[next++] = static_cast<int32_t>(i);
+      }
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> bloom_rows_cuda(const Tensor& ids, const Tensor& offsets,
+                                                   const Tensor& tables, int64_t first_shard,
+                                                   int64_t shards_held, int64_t rows_per_shard,
+                                                   int64_t num_hashes) {
+  check_bloom(ids, offsets, tables, shards_held, rows_per_shard, num_hashes);
+  const torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
+  const cudaStream_t stream = current_stream(ids);
+  const Batch batch(ids, offsets, tables);
+  const BloomEncoder encoder(first_shard, shards_held, rows_per_shard, num_hashes, kTokenPairs);
+  const Tensor lengths = torch::stable::new_zeros(ids, {batch.num_bags() + 1});
+  if (batch.num_bags() > 0) {
+    count_bits_kernel<<<grid_size(batch.num_bags()), kThreads, 0, stream>>>(
+        batch, encoder, static_cast<int64_t*>(lengths.data_ptr()));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  Tensor out_offsets = cumsum(lengths);
+  // With one hash every id has one row, and there is no need to wait for the number.
+  const int64_t size = num_hashes == 1 ? ids.numel() : last_value(out_offsets, stream);
+  Tensor rows = torch::stable::new_zeros(ids, {size});
+  Tensor source = torch::stable::new_zeros(ids, {size}, ScalarType::Int);
+  if (batch.num_bags() > 0) {
+    write_bits_kernel<<<grid_size(batch.num_bags()), kThreads, 0, stream>>>(
+        batch, encoder, out_offsets.const_data_ptr<int64_t>(), rows.mutable_data_ptr<int64_t>(),
+        source.mutable_data_ptr<int32_t>());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return {rows, out_offsets, source};
+}
+
+__global__ void weigh_kernel(Batch batch, BloomEncoder encoder, const float* __restrict__ weights,
+                             float* __restrict__ factors) {
+  for (int64_t bag = first_index(); bag < batch.num_bags(); bag += index_stride()) {
+    const Table table = Table::load(batch.tables, bag / batch.batch_size);
+    int64_t bits[kMaxHashes];
+    for (int64_t i = batch.begin(bag); i < batch.end(bag); ++i) {
+      const int size = encoder.encode(table, batch.ids[i], bits);
+      float sum = 0.0f;
+      for (int j = 0; j < size; ++j) sum += weights[bits[j]];
+      factors[i] = sum;
+    }
+  }
+}
+
+Tensor bloom_weigh_cuda(const Tensor& weights, const Tensor& ids, const Tensor& offsets,
+                        const Tensor& tables, int64_t first_shard, int64_t num_hashes) {
+  check_bloom_weights(weights, ids, offsets, tables, num_hashes);
+  const torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
+  const Batch batch(ids, offsets, tables);
+  const BloomEncoder encoder(first_shard, weights.size(0), weights.size(1), num_hashes,
+                             kWeightPairs);
+  Tensor factors = torch::stable::new_zeros(weights, {ids.numel()});
+  if (batch.num_bags() > 0) {
+    weigh_kernel<<<grid_size(batch.num_bags()), kThreads, 0, current_stream(ids)>>>(
+        batch, encoder, weights.const_data_ptr<float>(), factors.mutable_data_ptr<float>());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return factors;
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+
+// A warp a bag: each lane encodes an id, and then all lanes add up its rows, a few columns each.
+template <typename T>
+__global__ void pool_kernel(Batch batch, BloomEncoder token_rows, BloomEncoder token_weights,
+                            const T* __restrict__ rows, int64_t dim,
+                            const float* __restrict__ weights,
+                            const float* __restrict__ per_sample_weights,
+                            float* __restrict__ pooled) {
+  constexpr int kColumns = 4;  // of a lane
+  constexpr unsigned kAll = 0xffffffffu;
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t bag = first_index() / kWarp; bag < batch.num_bags(); bag += index_stride() / kWarp) {
+    const int64_t from = feature_major(batch, bag);
+    const int64_t end = batch.end(from);
+    const Table table = Table::load(batch.tables, bag % batch.num_features);
+    for (int64_t first = 0; first < dim; first += kWarp * kColumns) {
+      float sums[kColumns] = {};
+      for (int64_t i = batch.begin(from); i < end; i += kWarp) {
+        int64_t bits[kMaxHashes] = {};
+        int size = 0;
+        float factor = 0.0f;
+        if (i + lane < end) {
+          size = token_weights.encode(table, batch.ids[i + lane], bits);
+          for (int j = 0; j < size; ++j) factor += weights[bits[j]];
+          if (per_sample_weights != nullptr) factor *= per_sample_weights[i + lane];
+          size = token_rows.encode(table, batch.ids[i + lane], bits);
+        }
+        for (int other = 0; other < kWarp; ++other) {
+          const float scale = __shfl_sync(kAll, factor, other);
+          const int count = __shfl_sync(kAll, size, other);
+          for (int j = 0; j < count; ++j) {
+            const T* row = rows + __shfl_sync(kAll, bits[j], other) * dim;
+            for (int c = 0; c < kColumns; ++c) {
+              const int64_t column = first + c * kWarp + lane;
+              if (column < dim) sums[c] += scale * to_float(row[column]);
+            }
+          }
+        }
+      }
+      for (int c = 0; c < kColumns; ++c) {
+        const int64_t column = first + c * kWarp + lane;
+        if (column < dim) pooled[bag * dim + column] = sums[c];
+      }
+    }
+  }
+}
+
+Tensor bloom_pool_cuda(const Tensor& rows, const Tensor& weights, const Tensor& ids,
+                       const Tensor& offsets, const Tensor& tables,
+                       const Tensor& per_sample_weights, int64_t first_shard, int64_t num_hashes,
+                       int64_t num_weight_hashes) {
+  check_bloom_pool(rows, weights, ids, offsets, tables, per_sample_weights, num_hashes,
+                   num_weight_hashes);
+  const torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
+  const cudaStream_t stream = current_stream(ids);
+  const Batch batch(ids, offsets, tables);
+  const int64_t held = weights.size(0);
+  const int64_t dim = rows.size(1);
+  const BloomEncoder token_rows(first_shard, held, rows.size(0) / std::max<int64_t>(1, held),
+                                num_hashes, kTokenPairs);
+  const BloomEncoder token_weights(first_shard, held, weights.size(1), num_weight_hashes,
+                                   kWeightPairs);
+  Tensor pooled = torch::stable::new_zeros(weights, {batch.batch_size, batch.num_features * dim});
+  if (batch.num_bags() == 0) return pooled;
+  const auto launch = [&](const auto* values) {
+    pool_kernel<<<grid_size(batch.num_bags() * kWarp), kThreads, 0, stream>>>(
+        batch, token_rows, token_weights, values, dim, weights.const_data_ptr<float>(),
+        per_sample_weights.numel() > 0 ? per_sample_weights.const_data_ptr<float>() : nullptr,
+        pooled.mutable_data_ptr<float>());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  if (rows.scalar_type() == ScalarType::Half) {
+    launch(static_cast<const __half*>(rows.data_ptr()));
+  } else {
+    launch(static_cast<const float*>(rows.data_ptr()));
+  }
+  return pooled;
+}
+
+// Entry i * num_hashes + j is hash j of id i; one that sets no new bit has gradient 0.
+__global__ void weigh_backward_kernel(Batch batch, BloomEncoder encoder,
+                                      const float* __restrict__ grad, int64_t* __restrict__ rows,
+                                      float* __restrict__ grads) {
+  for (int64_t bag = first_index(); bag < batch.num_bags(); bag += index_stride()) {
+    const Table table = Table::load(batch.tables, bag / batch.batch_size);
+    int64_t bits[kMaxHashes];
+    for (int64_t i = batch.begin(bag); i < batch.end(bag); ++i) {
+      const int size = encoder.encode(table, batch.ids[i], bits);
+      for (int j = 0; j < encoder.num_hashes; ++j) {
+        const int64_t at = i * encoder.num_hashes + j;
+        const int64_t bit = bits[j < size ? j : 0];
+        rows[at] = bit / kWeightsPerRow;
+        if (j < size) grads[at * kWeightsPerRow + bit % kWeightsPerRow] = grad[i];
+      }
+    }
+  }
+}
+
+// Rows come as often as they are hit: FBGEMM's own backward sorts and adds them up, in an order
+// that is always the same.
+std::tuple<Tensor, Tensor> bloom_weigh_backward_cuda(const Tensor& grad, const Tensor& ids,
+                                                     const Tensor& offsets, const Tensor& tables,
+                                                     int64_t first_shard, int64_t shards_held,
+                                                     int64_t weights_per_shard,
+                                                     int64_t num_hashes) {
+  check_bloom(ids, offsets, tables, shards_held, weights_per_shard, num_hashes);
+  check_bloom_grad(grad, ids, weights_per_shard);
+  const torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
+  const Batch batch(ids, offsets, tables);
+  const BloomEncoder encoder(first_shard, shards_held, weights_per_shard, num_hashes, kWeightPairs);
+  const int64_t size = ids.numel() * num_hashes;
+  Tensor rows = torch::stable::new_zeros(ids, {size});
+  Tensor grads = torch::stable::new_zeros(grad, {size, kWeightsPerRow});
+  if (batch.num_bags() > 0) {
+    weigh_backward_kernel<<<grid_size(batch.num_bags()), kThreads, 0, current_stream(ids)>>>(
+        batch, encoder, grad.const_data_ptr<float>(), rows.mutable_data_ptr<int64_t>(),
+        grads.mutable_data_ptr<float>());
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return {rows, grads};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) {
+  m.impl("bloom_rows", TORCH_BOX(&bloom_rows_cuda));
+  m.impl("bloom_pool", TORCH_BOX(&bloom_pool_cuda));
+  m.impl("bloom_weigh", TORCH_BOX(&bloom_weigh_cuda));
+  m.impl("bloom_weigh_backward", TORCH_BOX(&bloom_weigh_backward_cuda));
+}
+
+}  // namespace torchrec_cafe

@@ -1,0 +1,194 @@
+"""Bloom encodings: operators against their definitions, and against theory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchrec_cafe import ops
+from torchrec_cafe.ops import BloomBits, reference
+
+SHARDS = 4
+# Three features of tables of 1000, 3 and 50 ids: (ids, shards, first id, unused, number).
+TABLES = torch.tensor([[1000, SHARDS, 0, 0, 0], [3, SHARDS, 0, 0, 1], [50, SHARDS, 0, 0, 2]])
+ALL = {"first_shard": 0, "shards_held": SHARDS}
+
+
+def batch_of(lengths: list[int], seed: int, tables: torch.Tensor = TABLES):
+    """Ids of features with bags of these lengths."""
+    batch_size = len(lengths) // len(tables)
+    generator = torch.Generator().manual_seed(seed)
+    ids = [
+        torch.randint(0, int(tables[bag // batch_size, 0]), (length,), generator=generator)
+        for bag, length in enumerate(lengths)
+    ]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return torch.cat([*ids, torch.empty(0, dtype=torch.int64)]), offsets, tables
+
+
+lengths_of_bags = st.lists(st.integers(0, 4), min_size=3, max_size=12).map(
+    lambda lengths: lengths[: len(lengths) // 3 * 3]
+)
+
+
+@given(
+    lengths=lengths_of_bags,
+    per_shard=st.integers(1, 40),
+    num_hashes=st.integers(1, 16),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_match_reference(lengths, per_shard, num_hashes, seed):
+    batch = batch_of(lengths, seed)
+    bits = BloomBits(**ALL, per_shard=per_shard, num_hashes=num_hashes)
+    got, expected = ops.bloom_rows(*batch, bits), reference.bloom_rows(*batch, bits)
+    for name in got._fields:
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    assert ((got.rows >= 0) & (got.rows < SHARDS * per_shard)).all()
+    of_an_id = torch.bincount(got.source, minlength=len(batch[0]))
+    assert ((of_an_id >= 1) & (of_an_id <= num_hashes)).all()
+    pairs = torch.stack([got.source.long(), got.rows])
+    assert torch.unique(pairs, dim=1).shape == pairs.shape  # a bit is set once
+
+
+@given(
+    lengths=lengths_of_bags,
+    per_shard=st.integers(1, 10).map(lambda n: 4 * n),
+    num_hashes=st.integers(1, 16),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_weights_and_their_gradient_match_reference(lengths, per_shard, num_hashes, seed):
+    batch = batch_of(lengths, seed)
+    bits = BloomBits(**ALL, per_shard=per_shard, num_hashes=num_hashes)
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn((SHARDS, per_shard), generator=generator)
+    factors = ops.bloom_weigh(weights, *batch, bits)
+    assert torch.equal(factors, reference.bloom_weigh(weights, *batch, bits))
+    grad = torch.randn(len(factors), generator=generator)
+    rows, grads = ops.bloom_weigh_backward(grad, *batch, bits)
+    expected = reference.bloom_weigh_backward(grad, *batch, bits)
+    assert torch.equal(rows, expected[0])
+    assert torch.equal(grads, expected[1])
+    if not len(batch[0]):
+        return
+    # Both against autograd, in double precision.
+    exact = weights.double().requires_grad_()
+    (reference.bloom_weigh(exact, *batch, bits) * grad.double()).sum().backward()
+    dense = torch.zeros(SHARDS * per_shard // 4, 4)
+    dense[rows] = grads
+    assert exact.grad is not None
+    torch.testing.assert_close(dense.view_as(weights), exact.grad.float())
+
+
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=3, max_size=9).map(
+        lambda lengths: lengths[: len(lengths) // 3 * 3]
+    ),
+    dim=st.integers(1, 20).map(lambda n: 4 * n),
+    num_hashes=st.integers(1, 4),
+    half=st.booleans(),
+    weighted=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_pooling_matches_reference(lengths, dim, num_hashes, half, weighted, seed):
+    batch = batch_of(lengths, seed)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn((SHARDS * 10, dim), generator=generator)
+    rows[0, :4] = torch.tensor([0.0, -0.0, 3e-7, -65504.0])  # zeros, subnormal and large as halves
+    rows = rows.half() if half else rows
+    weights = torch.randn((SHARDS, 8), generator=generator)
+    options = {
+        "row_bits": BloomBits(**ALL, per_shard=10, num_hashes=num_hashes),
+        "weight_bits": BloomBits(**ALL, per_shard=8, num_hashes=5 - num_hashes),
+        "per_sample_weights": torch.rand(len(batch[0])) if weighted else None,
+    }
+    pooled = ops.bloom_pool(rows, weights, *batch, **options)
+    assert torch.equal(pooled, reference.bloom_pool(rows, weights, *batch, **options))
+
+
+def test_a_rank_finds_the_rows_that_one_rank_would():
+    whole = BloomBits(**ALL, per_shard=10, num_hashes=3)
+    ids, offsets = torch.arange(1000), torch.arange(1001)
+    everywhere = ops.bloom_rows(ids, offsets, TABLES[:1], whole)
+    rows, source = [], []
+    for first in (0, 2):
+        bits = BloomBits(first_shard=first, shards_held=2, per_shard=10, num_hashes=3)
+        first_id = first * 1000 // SHARDS
+        table = TABLES[:1].clone()
+        table[0, 2] = first_id
+        found = ops.bloom_rows(torch.arange(500), torch.arange(501), table, bits)
+        rows.append(found.rows + first * 10)
+        source.append(found.source + first_id)
+    assert torch.equal(torch.cat(rows), everywhere.rows)
+    assert torch.equal(torch.cat(source), everywhere.source)
+
+
+@pytest.mark.parametrize(("num_hashes", "per_shard"), [(1, 200), (2, 200), (4, 500)])
+def test_ids_collide_as_often_as_chance_says(num_hashes, per_shard):
+    count = 8000
+    table = torch.tensor([[count, 1, 0, 0, 0]])
+    bits = BloomBits(first_shard=0, shards_held=1, per_shard=per_shard, num_hashes=num_hashes)
+    found = ops.bloom_rows(torch.arange(count), torch.arange(count + 1), table, bits)
+    # Every row is hit equally often, and an id misses a bit with the chance that two hashes meet.
+    hits = torch.bincount(found.rows, minlength=per_shard).double()
+    distinct = per_shard * (1 - (1 - 1 / per_shard) ** num_hashes)
+    assert abs(len(found.rows) / count - distinct) < 5 * math.sqrt(num_hashes**2 / count)
+    expected = count * distinct / per_shard
+    chi_square = ((hits - expected) ** 2 / expected).sum()
+    assert abs(chi_square - per_shard) < 6 * math.sqrt(2 * per_shard)
+
+
+def test_token_rows_and_weights_are_hashed_apart():
+    table = torch.tensor([[4000, 1, 0, 0, 0]])
+    bits = BloomBits(first_shard=0, shards_held=1, per_shard=64, num_hashes=1)
+    batch = torch.arange(4000), torch.arange(4001), table
+    rows = ops.bloom_rows(*batch, bits).rows
+    weights = ops.bloom_weigh(torch.arange(64.0).view(1, 64), *batch, bits).long()
+    both = torch.bincount(64 * rows + weights, minlength=64 * 64)
+    # Independent: about one id in every pair of bits.
+    assert (both == 0).float().mean() == pytest.approx(math.exp(-4000 / 4096), abs=0.03)
+
+
+def test_opcheck():
+    batch = batch_of([2, 1, 0, 3, 1, 1], 0)
+    operators = torch.ops.torchrec_cafe
+    for num_hashes in (1, 3):
+        torch.library.opcheck(operators.bloom_rows, (*batch, 0, SHARDS, 5, num_hashes))
+    torch.library.opcheck(operators.bloom_weigh, (torch.rand(SHARDS, 8), *batch, 0, 4))
+    pooled = torch.rand(SHARDS * 5, 8), torch.rand(SHARDS, 8), *batch, torch.empty(0), 0, 2, 4
+    torch.library.opcheck(operators.bloom_pool, pooled)
+    grad = torch.rand(len(batch[0]))
+    torch.library.opcheck(operators.bloom_weigh_backward, (grad, *batch, 0, SHARDS, 8, 4))
+
+
+def test_errors_name_the_argument():
+    ids, offsets, tables = batch_of([2, 1, 0, 3, 1, 1], 0)
+    bits = BloomBits(**ALL, per_shard=8, num_hashes=2)
+    weights = torch.rand(SHARDS, 8)
+    with pytest.raises(TypeError, match="bloom_rows: `ids` must be torch.int64, got torch.int32"):
+        ops.bloom_rows(ids.int(), offsets, tables, bits)
+    with pytest.raises(ValueError, match="`offsets` must ascend from 0"):
+        ops.bloom_rows(ids, offsets.flip(0), tables, bits)
+    with pytest.raises(ValueError, match=r"features \* batch \+ 1 elements, got 6 for 3 features"):
+        ops.bloom_rows(ids, offsets[:-1], tables, bits)
+    with pytest.raises(ValueError, match=r"`num_hashes` must be in \[1, 16\], got 17"):
+        ops.bloom_rows(ids, offsets, tables, BloomBits(**ALL, per_shard=8, num_hashes=17))
+    none = BloomBits(first_shard=0, shards_held=0, per_shard=8, num_hashes=2)
+    with pytest.raises(ValueError, match="`ids` must be empty on a rank of no shard"):
+        ops.bloom_rows(ids, offsets, tables, none)
+    assert len(ops.bloom_rows(ids[:0], 0 * offsets, tables, none).rows) == 0
+    with pytest.raises(TypeError, match="bloom_weigh: `weights` must be torch.float32"):
+        ops.bloom_weigh(weights.double(), ids, offsets, tables, bits)
+    with pytest.raises(ValueError, match=r"`weights` must have shape \[4, 8\], got \[4, 12\]"):
+        ops.bloom_weigh(torch.rand(SHARDS, 12), ids, offsets, tables, bits)
+    odd = BloomBits(**ALL, per_shard=6, num_hashes=2)
+    with pytest.raises(ValueError, match="`weights` must have a multiple of 4 columns, got 6"):
+        ops.bloom_weigh(torch.rand(SHARDS, 6), ids, offsets, tables, odd)
+    with pytest.raises(ValueError, match=r"bloom_weigh_backward: `grad` must have shape \[8\]"):
+        ops.bloom_weigh_backward(torch.rand(3), ids, offsets, tables, bits)

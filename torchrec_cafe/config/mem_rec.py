@@ -1,0 +1,151 @@
+"""What MEM-REC tables cost. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from torchrec_cafe.config.budget import TableKind, budget_of, check_compression, too_small
+from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape
+
+#: Most hash functions of an encoding.
+MAX_HASHES = 16
+#: Bytes of a weight: float32 for tables of any dtype.
+WEIGHT_BYTES = 4
+#: Weights that share a row of FBGEMM, and that row's optimizer state.
+WEIGHTS_PER_ROW = 4
+# Token rows of a virtual shard below which fewer shards are taken: ids collide within their shard.
+_FAIR_ROWS = 64
+_NUM_SHARDS = (64, 32, 16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemRec(TableKind):
+    """MEM-REC (ACML 2023): two tables, small enough for a cache, replace all tables of a group.
+
+    An id has ``num_hashes`` rows of the token table, which are summed, and ``num_weight_hashes``
+    weights, whose sum scales them: ``z = alpha * M phi``. Both are trained. A row or weight that
+    two hash functions hit counts once (a Bloom filter's bit is set or not). All tables of an
+    ``EmbeddingBagCollection`` with equal kinds share the two.
+
+    Give ``compression`` or ``num_token_rows``.
+
+    Attributes:
+        compression: dense weight bytes divided by resident bytes (token rows and weights), >= 1.
+        num_token_rows: rows of the token table, and number of weights, >= 1; rounded down to what
+            virtual shards of equal size can hold.
+        num_hashes: rows of an id, in [1, 16]. The paper: 2 to 4 for small models, 1 or 2 for large.
+        num_weight_hashes: weights of an id, in [1, 16]. The paper: 2 to 8 for small models, 2 to 4
+            for large.
+        num_shards: virtual shards of both tables, fixed for the life of a checkpoint; at least the
+            number of ranks that the tables are ever spread over. The rows of an id lie in one
+            shard. ``None``: 64, fewer for small tables.
+    """
+
+    compression: float | None = None
+    num_token_rows: int | None = None
+    num_hashes: int = 1
+    num_weight_hashes: int = 4
+    num_shards: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments.
+
+        Raises:
+            ValueError: if an argument is out of range.
+        """
+        if (self.compression is None) == (self.num_token_rows is None):
+            raise ValueError(
+                "give compression or num_token_rows, and not both: got "
+                f"compression={self.compression} and num_token_rows={self.num_token_rows}"
+            )
+        if self.compression is not None:
+            check_compression(self.compression)
+        least = self.num_shards or 1
+        checks = {
+            "num_token_rows": (
+                f"at least {'num_shards, ' if self.num_shards else ''}{least}",
+                self.num_token_rows is None or self.num_token_rows >= least,
+            ),
+            "num_hashes": (f"in [1, {MAX_HASHES}]", 1 <= self.num_hashes <= MAX_HASHES),
+            "num_weight_hashes": (
+                f"in [1, {MAX_HASHES}]",
+                1 <= self.num_weight_hashes <= MAX_HASHES,
+            ),
+            "num_shards": (
+                "in [1, 65536] or None",
+                self.num_shards is None or 1 <= self.num_shards <= 65536,
+            ),
+        }
+        for name, (wanted, holds) in checks.items():
+            if not holds:
+                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def allocate(self, tables: Sequence[TableShape]) -> Allocation:
+        """Token rows and weights of a group.
+
+        Args:
+            tables: tables of equal dim and dtype that share the two.
+
+        Raises:
+            ValueError: if the budget leaves a virtual shard without a row.
+        """
+        allocation = self._divide(tables)
+        if allocation is None:
+            assert self.compression is not None
+            raise too_small(tables, self.compression, lambda c: self._fits(tables, c))
+        return allocation
+
+    def _fits(self, tables: Sequence[TableShape], compression: float) -> bool:
+        other = replace(self, compression=compression)
+        return other._divide(tables) is not None  # noqa: SLF001  of this very class
+
+    def _divide(self, tables: Sequence[TableShape]) -> Allocation | None:
+        """What :meth:`allocate` returns, or ``None`` if the budget is too small."""
+        options = _NUM_SHARDS if self.num_shards is None else (self.num_shards,)
+        for num_shards in options:
+            rows, weights = self._per_shard(tables, num_shards)
+            if rows >= _FAIR_ROWS or (rows >= 1 and num_shards == options[-1]):
+                return _allocation(tables, num_shards, rows, weights)
+        return None
+
+    def _per_shard(self, tables: Sequence[TableShape], num_shards: int) -> tuple[int, int]:
+        """Token rows and weights of a virtual shard."""
+        budget = budget_of(tables, self.compression or 1.0)
+        if self.num_token_rows is not None:
+            rows = self.num_token_rows // num_shards
+            return rows, _weights(rows)
+        row_bytes = tables[0].row_bytes
+        available = budget // num_shards
+        rows = available // (row_bytes + WEIGHT_BYTES)
+        while rows > 0 and rows * row_bytes + _weights(rows) * WEIGHT_BYTES > available:
+            rows -= 1
+        return rows, _weights(rows)
+
+
+def _weights(rows: int) -> int:
+    """As many weights as token rows, in whole rows of FBGEMM."""
+    return max(1, rows // WEIGHTS_PER_ROW) * WEIGHTS_PER_ROW
+
+
+def _allocation(
+    tables: Sequence[TableShape], num_shards: int, rows: int, weights: int
+) -> Allocation:
+    per_shard = rows * tables[0].row_bytes + weights * WEIGHT_BYTES
+    names = tuple(table.name for table in tables)
+    return Allocation(
+        # No rows of their own; ids are told apart by the shard that they belong to.
+        shared_rows=MappingProxyType(dict.fromkeys(names, 0)),
+        memory=MemoryBreakdown(
+            shared_bytes=num_shards * per_shard,
+            hot_bytes=0,
+            sketch_bytes=0,
+            map_bytes=0,
+            dense_bytes=sum(table.dense_bytes for table in tables),
+        ),
+        num_shards=num_shards,
+        token_rows_per_shard=rows,
+        weights_per_shard=weights,
+        tracked=names,
+    )

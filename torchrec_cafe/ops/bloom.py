@@ -1,0 +1,301 @@
+"""Bloom encodings of ids: the token rows and the weights of MEM-REC.
+
+Shape legend: N ids, F features, B samples, M rows, S virtual shards of a rank, W weights a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
+from torchrec_cafe.ops.pool_rows import Lookups
+from torchrec_cafe.ops.row_map import TABLE_COLUMNS
+
+#: Weights that share a row of FBGEMM.
+WEIGHTS_PER_ROW = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BloomBits:
+    """The bits that ids of a rank can set: rows of a token table, or weights.
+
+    Attributes:
+        first_shard: global number of the rank's first virtual shard, >= 0.
+        shards_held: virtual shards of the rank, >= 0.
+        per_shard: bits of a virtual shard, >= 1; of weights, a multiple of 4.
+        num_hashes: hash functions, in [1, 16].
+    """
+
+    first_shard: int
+    shards_held: int
+    per_shard: int
+    num_hashes: int
+
+
+def bloom_rows(ids: Tensor, offsets: Tensor, tables: Tensor, bits: BloomBits) -> Lookups:
+    """Find the token rows of the ids of a whole group of tables.
+
+    The rows of an id lie in its virtual shard, ``m * num_shards // n`` for a mixed id ``m`` of a
+    table of ``n`` ids, so that they are on the rank that the id is sent to. Equal ids of a table
+    have equal rows; a row that two hash functions hit is there once.
+
+    Args:
+        ids: int64 ``[N]``, mixed ids less the table's ``first_id``, feature-major;
+            ``num_hashes * N < 2**31``.
+        offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
+        tables: int64 ``[F, 5]``, as :func:`remap` takes them, with ``shared_rows`` the number of
+            virtual shards over all ranks; ``row_offset`` is not used.
+        bits: where the rows lie.
+
+    Returns:
+        The rows, sample-major: bag ``b * F + f`` is sample b of feature f. ``num_hashes`` rows an
+        id at most.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape or a number is not the one above, the devices differ, or ``offsets``
+            does not ascend from 0 to N; the last cannot be seen on CUDA, where no memory outside
+            the arguments is touched.
+
+    Note:
+        Deterministic, and the same on every device. Nothing is mutated. Not differentiable. On CUDA
+        it waits for the device once if ``num_hashes > 1``, to learn how many rows there are.
+
+    Reference: MEM-REC (ACML 2023), section 3: the token encoder.
+    """
+    with _explained("bloom_rows", ids, offsets, tables):
+        return Lookups._make(
+            torch.ops.torchrec_cafe.bloom_rows.default(
+                ids,
+                offsets,
+                tables,
+                bits.first_shard,
+                bits.shards_held,
+                bits.per_shard,
+                bits.num_hashes,
+            )
+        )
+
+
+def bloom_weigh(
+    weights: Tensor, ids: Tensor, offsets: Tensor, tables: Tensor, bits: BloomBits
+) -> Tensor:
+    """Add up the weights of each id; a weight that two hash functions hit counts once.
+
+    Args:
+        weights: float32 ``[S, W]``, ``bits.shards_held`` by ``bits.per_shard``.
+        ids: as :func:`bloom_rows` takes them.
+        offsets: as :func:`bloom_rows` takes them.
+        tables: as :func:`bloom_rows` takes them.
+        bits: where the weights lie; hash functions other than those of :func:`bloom_rows`.
+
+    Returns:
+        float32 ``[N]``, in the order of the ids.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: as :func:`bloom_rows`.
+
+    Note:
+        Deterministic, and the same on every device. Nothing is mutated. Not differentiable by
+        autograd: see :func:`bloom_weigh_backward`.
+
+    Reference: MEM-REC (ACML 2023), section 3: the weight encoder.
+    """
+    op = "bloom_weigh"
+    _check_held(op, "weights", weights, (bits.shards_held, bits.per_shard))
+    with _explained(op, ids, offsets, tables, weights=weights):
+        return torch.ops.torchrec_cafe.bloom_weigh.default(
+            weights, ids, offsets, tables, bits.first_shard, bits.num_hashes
+        )
+
+
+def bloom_pool(  # noqa: PLR0913  both tables and a batch
+    rows: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    *,
+    row_bits: BloomBits,
+    weight_bits: BloomBits,
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
+    """Encode, look up, scale and pool in one pass, for inference.
+
+    What FBGEMM's TBE gives for the rows of :func:`bloom_rows` with the factors of
+    :func:`bloom_weigh`, up to the order of additions, without writing rows and factors to memory;
+    token rows are asked for ahead of their use.
+
+    Args:
+        rows: float32 or float16 ``[row_bits.shards_held * row_bits.per_shard, D]``, token rows.
+        weights: as :func:`bloom_weigh` takes them.
+        ids: as :func:`bloom_rows` takes them.
+        offsets: as :func:`bloom_rows` takes them.
+        tables: as :func:`bloom_rows` takes them.
+        row_bits: where the rows lie.
+        weight_bits: where the weights lie.
+        per_sample_weights: float32 ``[N]``, further factor of each id; ``None``: all one.
+
+    Returns:
+        float32 ``[B, F * D]``.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: as :func:`bloom_rows`.
+
+    Note:
+        Deterministic for any number of threads. Nothing is mutated. Not differentiable.
+
+    Reference: MEM-REC (ACML 2023), section 3, ``z = alpha * M phi``.
+    """
+    op = "bloom_pool"
+    floats = {} if per_sample_weights is None else {"per_sample_weights": per_sample_weights}
+    _check_held(op, "rows", rows, (row_bits.shards_held * row_bits.per_shard, None))
+    _check_held(op, "weights", weights, (weight_bits.shards_held, weight_bits.per_shard))
+    with _explained(op, ids, offsets, tables, weights=weights, **floats):
+        return torch.ops.torchrec_cafe.bloom_pool.default(
+            rows,
+            weights,
+            ids,
+            offsets,
+            tables,
+            weights.new_empty(0) if per_sample_weights is None else per_sample_weights,
+            row_bits.first_shard,
+            row_bits.num_hashes,
+            weight_bits.num_hashes,
+        )
+
+
+def _check_held(op: str, name: str, tensor: Tensor, shape: tuple[int, int | None]) -> None:
+    """Check that a table has the size that its bits say, which the operator cannot know."""
+    if tensor.dim() != 2 or tensor.shape[0] != shape[0] or shape[1] not in (None, tensor.shape[1]):
+        check_tensor(op, name, tensor, tensor.dtype, shape)
+
+
+def bloom_weigh_backward(
+    grad: Tensor, ids: Tensor, offsets: Tensor, tables: Tensor, bits: BloomBits
+) -> tuple[Tensor, Tensor]:
+    """The gradient of :func:`bloom_weigh` with respect to its weights, by rows of four weights.
+
+    Args:
+        grad: float32 ``[N]``, of what :func:`bloom_weigh` returned.
+        ids: as there.
+        offsets: as there.
+        tables: as there.
+        bits: as there.
+
+    Returns:
+        int64 ``[U]``, rows of the weights viewed as ``[S * W / 4, 4]``; float32 ``[U, 4]``, their
+        gradients. On a CPU the rows that the ids hit, each once, ascending. On CUDA
+        ``U = N * num_hashes`` and rows repeat: their gradients are to be added up, as FBGEMM does.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: as :func:`bloom_rows`.
+
+    Note:
+        Deterministic for any number of threads. Nothing is mutated.
+    """
+    with _explained("bloom_weigh_backward", ids, offsets, tables, grad=grad):
+        return torch.ops.torchrec_cafe.bloom_weigh_backward.default(
+            grad,
+            ids,
+            offsets,
+            tables,
+            bits.first_shard,
+            bits.shards_held,
+            bits.per_shard,
+            bits.num_hashes,
+        )
+
+
+@contextmanager
+def _explained(
+    op: str, ids: Tensor, offsets: Tensor, tables: Tensor, **floats: Tensor
+) -> Iterator[None]:
+    """Name the argument that an operator has refused."""
+    try:
+        yield
+    except RuntimeError as error:
+        check_tensor(op, "ids", ids, torch.int64, (None,))
+        check_tensor(op, "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
+        check_tensor(op, "offsets", offsets, torch.int64, (None,))
+        for name, tensor in floats.items():
+            shape = (None, None) if name == "weights" else tuple(ids.shape)
+            check_tensor(op, name, tensor, torch.float32, shape)
+        check_same_device(op, ids=ids, offsets=offsets, tables=tables, **floats)
+        features = tables.shape[0]
+        if features == 0 or offsets.numel() == 0 or (offsets.numel() - 1) % features:
+            raise ValueError(
+                f"{op}: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
+                f"for {features} features"
+            ) from None
+        raise value_error(op, error) from None
+
+
+@torch.library.register_fake("torchrec_cafe::bloom_rows")
+def _(  # noqa: PLR0913  the schema has as many arguments
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    first_shard: int,
+    shards_held: int,
+    rows_per_shard: int,
+    num_hashes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_same_device("bloom_rows", ids=ids, offsets=offsets, tables=tables)
+    size = ids.shape[0] if num_hashes == 1 else torch.library.get_ctx().new_dynamic_size()
+    return ids.new_empty(size), torch.empty_like(offsets), ids.new_empty(size, dtype=torch.int32)
+
+
+@torch.library.register_fake("torchrec_cafe::bloom_pool")
+def _(  # noqa: PLR0913  the schema has as many arguments
+    rows: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    per_sample_weights: Tensor,
+    first_shard: int,
+    num_hashes: int,
+    num_weight_hashes: int,
+) -> Tensor:
+    check_same_device("bloom_pool", rows=rows, weights=weights, ids=ids, tables=tables)
+    features = tables.shape[0]
+    batch_size = (offsets.shape[0] - 1) // features
+    return weights.new_empty((batch_size, features * rows.shape[1]))
+
+
+@torch.library.register_fake("torchrec_cafe::bloom_weigh")
+def _(  # noqa: PLR0913  the schema has as many arguments
+    weights: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    first_shard: int,
+    num_hashes: int,
+) -> Tensor:
+    check_same_device("bloom_weigh", weights=weights, ids=ids, offsets=offsets, tables=tables)
+    return weights.new_empty(ids.shape[0])
+
+
+@torch.library.register_fake("torchrec_cafe::bloom_weigh_backward")
+def _(  # noqa: PLR0913  the schema has as many arguments
+    grad: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    first_shard: int,
+    shards_held: int,
+    weights_per_shard: int,
+    num_hashes: int,
+) -> tuple[Tensor, Tensor]:
+    check_same_device("bloom_weigh_backward", grad=grad, ids=ids, offsets=offsets, tables=tables)
+    size = torch.library.get_ctx().new_dynamic_size()
+    return ids.new_empty(size), grad.new_empty((size, WEIGHTS_PER_ROW))

@@ -1,0 +1,58 @@
+"""The operators in plain PyTorch and Python: the readable statement of what they do.
+
+Same names, same arguments, same results bit for bit, no native code. Slow: one step per occurrence.
+"""
+
+from torchrec_cafe.ops.reference.cafe import (
+    INFLATION_LIMIT,
+    MAX_SCORE,
+    NORM_BLOCK,
+    add_second_rows,
+    bucket_of,
+    find,
+    hash64,
+    insert,
+    l2_norms,
+    learn,
+    mix_id,
+    mix_ids,
+    move_rows,
+    observe,
+    quotient_remainder,
+    rebalance,
+    remap,
+    second_row,
+)
+from torchrec_cafe.ops.reference.mem_rec import (
+    bloom_bits,
+    bloom_pool,
+    bloom_rows,
+    bloom_weigh,
+    bloom_weigh_backward,
+)
+
+__all__ = [
+    "INFLATION_LIMIT",
+    "MAX_SCORE",
+    "NORM_BLOCK",
+    "add_second_rows",
+    "bloom_bits",
+    "bloom_pool",
+    "bloom_rows",
+    "bloom_weigh",
+    "bloom_weigh_backward",
+    "bucket_of",
+    "find",
+    "hash64",
+    "insert",
+    "l2_norms",
+    "learn",
+    "mix_id",
+    "mix_ids",
+    "move_rows",
+    "observe",
+    "quotient_remainder",
+    "rebalance",
+    "remap",
+    "second_row",
+]

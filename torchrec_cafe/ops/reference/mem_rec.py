@@ -1,0 +1,108 @@
+"""Bloom encodings, and the weights of MEM-REC."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW, BloomBits
+from torchrec_cafe.ops.pool_rows import Lookups
+from torchrec_cafe.ops.reference.cafe import hash64
+
+TOKEN_PAIRS, WEIGHT_PAIRS = 0, 8
+
+
+def bloom_bits(id_: int, table: list[int], bits: BloomBits, first_pair: int) -> list[int]:
+    """The bits that a local id sets, each once, in the order of the hash functions."""
+    num_ids, num_shards, first_id, _, index = table
+    mixed_id = first_id + id_
+    shard = mixed_id * num_shards // num_ids - bits.first_shard
+    first = min(max(shard, 0), bits.shards_held - 1) * bits.per_shard
+    key = index << 48 | mixed_id
+    found = []
+    for i in range(bits.num_hashes):
+        hashes = hash64(key ^ hash64(first_pair + i // 2 + 1))  # two functions: its halves
+        half = hashes >> 32 if i % 2 == 0 else hashes & 0xFFFFFFFF
+        found.append(first + (half * bits.per_shard >> 32))
+    return list(dict.fromkeys(found))
+
+
+def _tables_of_ids(ids: Tensor, offsets: Tensor, tables: Tensor) -> list[list[int]]:
+    batch_size = (offsets.numel() - 1) // len(tables)
+    return [
+        tables[bag // batch_size].tolist()
+        for bag in range(offsets.numel() - 1)
+        for _ in range(int(offsets[bag]), int(offsets[bag + 1]))
+    ]
+
+
+def bloom_rows(ids: Tensor, offsets: Tensor, tables: Tensor, bits: BloomBits) -> Lookups:
+    """See :func:`torchrec_cafe.ops.bloom_rows`."""
+    features = tables.shape[0]
+    batch_size = (offsets.numel() - 1) // features
+    rows, out_offsets, source = [], [0], []
+    for sample in range(batch_size):
+        for feature in range(features):
+            bag = feature * batch_size + sample
+            for i in range(int(offsets[bag]), int(offsets[bag + 1])):
+                found = bloom_bits(int(ids[i]), tables[feature].tolist(), bits, TOKEN_PAIRS)
+                rows += found
+                source += [i] * len(found)
+            out_offsets.append(len(rows))
+    return Lookups(
+        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor(out_offsets, dtype=torch.int64),
+        torch.tensor(source, dtype=torch.int32),
+    )
+
+
+def bloom_weigh(
+    weights: Tensor, ids: Tensor, offsets: Tensor, tables: Tensor, bits: BloomBits
+) -> Tensor:
+    """See :func:`torchrec_cafe.ops.bloom_weigh`; differentiable."""
+    flat = weights.flatten()
+    factors = [flat.new_zeros(0)]
+    for id_, table in zip(ids.tolist(), _tables_of_ids(ids, offsets, tables), strict=True):
+        total = flat.new_zeros(1)
+        for bit in bloom_bits(id_, table, bits, WEIGHT_PAIRS):
+            total = total + flat[bit]
+        factors.append(total)
+    return torch.cat(factors)
+
+
+def bloom_weigh_backward(
+    grad: Tensor, ids: Tensor, offsets: Tensor, tables: Tensor, bits: BloomBits
+) -> tuple[Tensor, Tensor]:
+    """See :func:`torchrec_cafe.ops.bloom_weigh_backward`, as on a CPU."""
+    sums = grad.new_zeros(bits.shards_held * bits.per_shard)
+    touched = torch.zeros(len(sums), dtype=torch.bool)
+    pairs = zip(ids.tolist(), _tables_of_ids(ids, offsets, tables), strict=True)
+    for i, (id_, table) in enumerate(pairs):
+        for bit in bloom_bits(id_, table, bits, WEIGHT_PAIRS):
+            sums[bit] += grad[i]
+            touched[bit] = True
+    rows = touched.view(-1, WEIGHTS_PER_ROW).any(1).nonzero().flatten()
+    return rows, sums.view(-1, WEIGHTS_PER_ROW)[rows]
+
+
+def bloom_pool(  # noqa: PLR0913  as many as torchrec_cafe.ops.bloom_pool
+    rows: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    *,
+    row_bits: BloomBits,
+    weight_bits: BloomBits,
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
+    """See :func:`torchrec_cafe.ops.bloom_pool`."""
+    found = bloom_rows(ids, offsets, tables, row_bits)
+    factors = bloom_weigh(weights, ids, offsets, tables, weight_bits)
+    if per_sample_weights is not None:
+        factors = factors * per_sample_weights
+    pooled = torch.zeros((len(found.offsets) - 1, rows.shape[1]), dtype=torch.float32)
+    bags = torch.arange(len(pooled)).repeat_interleave(found.offsets.diff())
+    for bag, row, source in zip(bags.tolist(), found.rows, found.source, strict=True):
+        pooled[bag] += factors[source] * rows[row].float()
+    return pooled.view(-1, len(tables) * rows.shape[1])

@@ -1,0 +1,236 @@
+"""MEM-REC: the token rows and the weights that all tables of a group share.
+
+Shape legend: N ids, F features, B samples, S virtual shards of the rank, W weights a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from torch import Tensor
+
+from torchrec_cafe.config import MemRec
+from torchrec_cafe.ops import (
+    BloomBits,
+    bloom_pool,
+    bloom_rows,
+    bloom_weigh,
+    bloom_weigh_backward,
+)
+from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
+from torchrec_cafe.tables._fbgemm import RowRangeTBE
+from torchrec_cafe.tables.rows import BagRows, RowLookup, TableLayout
+from torchrec_cafe.tables.state import ShardedState
+
+# Of the TBE of the weights: it has its own precision, and its output is not used.
+_OTHER_PARAMS = frozenset({"output_dtype"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemRecLayout:
+    """Where a rank's part of the two tables lies.
+
+    Attributes:
+        kind: the tables' kind.
+        first_shard: first virtual shard of this rank.
+        shards_held: virtual shards of this rank, >= 0.
+        token_rows_per_shard: rows of a virtual shard of the token table, >= 1.
+        weights_per_shard: weights of a virtual shard, a positive multiple of 4.
+    """
+
+    kind: MemRec
+    first_shard: int
+    shards_held: int
+    token_rows_per_shard: int
+    weights_per_shard: int
+
+    @property
+    def token_bits(self) -> BloomBits:
+        """Where the token rows of an id lie."""
+        return self._bits(self.token_rows_per_shard, self.kind.num_hashes)
+
+    @property
+    def weight_bits(self) -> BloomBits:
+        """Where the weights of an id lie."""
+        return self._bits(self.weights_per_shard, self.kind.num_weight_hashes)
+
+    def _bits(self, per_shard: int, num_hashes: int) -> BloomBits:
+        return BloomBits(
+            first_shard=self.first_shard,
+            shards_held=self.shards_held,
+            per_shard=per_shard,
+            num_hashes=num_hashes,
+        )
+
+
+class TokenWeights(ShardedState):
+    """The weights of a rank, in a TBE of their own that trains them as the rows are trained.
+
+    A row of that TBE has four of them, which share the state of a row-wise optimizer. They start at
+    ``1 / num_weight_hashes``, so that every id starts with a factor of about one.
+
+    Args:
+        layout: where the weights lie.
+        tables: int64 ``[F, 5]``, as :func:`torchrec_cafe.ops.bloom_weigh` takes them.
+        fused_params: the optimizer's arguments, as of the TBE of the rows.
+    """
+
+    def __init__(self, layout: MemRecLayout, tables: Tensor, fused_params: dict[str, Any]) -> None:
+        """Allocate the weights on the device of ``tables``; see the class."""
+        self._layout = layout
+        self._tables = tables
+        self._num_rows = layout.shards_held * layout.weights_per_shard // WEIGHTS_PER_ROW
+        self.tbe = RowRangeTBE(
+            [self._num_rows],
+            WEIGHTS_PER_ROW,
+            weights_precision=SparseType.FP32,
+            device=tables.device,
+            fused_params={k: v for k, v in fused_params.items() if k not in _OTHER_PARAMS},
+        )
+        with torch.no_grad():
+            self.table.fill_(1 / layout.kind.num_weight_hashes)
+
+    @property
+    def first_shard(self) -> int:
+        """Global number of the rank's first virtual shard."""
+        return self._layout.first_shard
+
+    @property
+    def table(self) -> Tensor:
+        """The weights, float32 ``[S, W]``, not copied."""
+        return self._by_shard(self.tbe.split_embedding_weights()[0])
+
+    def _by_shard(self, rows: Tensor) -> Tensor:
+        """Rows of four weights, or of their optimizer state, as ``[S, ...]``."""
+        per_row = rows.shape[1:].numel()
+        per_shard = self._layout.weights_per_shard // WEIGHTS_PER_ROW * per_row
+        return rows.view(self._layout.shards_held, per_shard)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights."""
+        return self.table.numel() * self.table.element_size()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Weights and their optimizer state, not copied."""
+        states = {
+            f"weight_table.{name}": self._by_shard(state)
+            for of_table in self.tbe.get_optimizer_state()
+            for name, state in of_table.items()
+            if state.dim() > 0 and len(state) == self._num_rows  # a row's, not the step's
+        }
+        return {"weight_table": self.table} | states
+
+    def reload(self) -> None:
+        """Nothing else depends on the tensors."""
+
+    def of(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """The factor of each id; see :func:`torchrec_cafe.ops.bloom_weigh`."""
+        bits = self._layout.weight_bits
+        return bloom_weigh(self.table, ids, offsets, self._tables, bits)
+
+    def train(self, grad: Tensor, ids: Tensor, offsets: Tensor, learning_rate: float) -> None:
+        """Let the optimizer step on the weights that a batch has hit.
+
+        Args:
+            grad: float32 ``[N]``, of the factors.
+            ids: what :meth:`of` was given.
+            offsets: what :meth:`of` was given.
+            learning_rate: of this step.
+        """
+        bits = self._layout.weight_bits
+        rows, grads = bloom_weigh_backward(grad.contiguous(), ids, offsets, self._tables, bits)
+        if self.tbe.get_learning_rate() != learning_rate:
+            self.tbe.set_learning_rate(learning_rate)
+        with torch.enable_grad():
+            starts = torch.arange(len(rows) + 1, device=rows.device)
+            looked_up = self.tbe(indices=rows, offsets=starts)
+        looked_up.backward(grads)
+
+
+class _Weigh(torch.autograd.Function):
+    """The factors of ids, whose gradient goes to the optimizer of the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _anchor: Tensor, ids: Tensor, offsets: Tensor, rows: MemRecRows
+    ) -> Tensor:
+        ctx.rows = rows
+        ctx.save_for_backward(ids, offsets)
+        return rows.weights.of(ids, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        rows: MemRecRows = ctx.rows
+        ids, offsets = ctx.saved_tensors
+        rows.weights.train(grads[0], ids, offsets, rows.learning_rate())
+        return None, None, None, None
+
+
+@final
+class MemRecRows(RowLookup):
+    """An id has token rows and a factor; both are shared with ids of all tables.
+
+    Args:
+        tables: the tables, in any order; ``shared_rows`` is the number of virtual shards and
+            ``first_row`` the first of this rank.
+        layout: where the two tables lie.
+        tbe: holds the token rows, which are its last row range and its only one that has rows.
+        fused_params: the optimizer's arguments, as TorchRec calls them.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableLayout],
+        layout: MemRecLayout,
+        tbe: RowRangeTBE,
+        fused_params: dict[str, Any],
+    ) -> None:
+        """Lay out the tables; see the class."""
+        device = tbe.current_device
+        super().__init__(tables, device)
+        self._layout = layout
+        self._learning_rate = tbe.get_learning_rate
+        self.weights = TokenWeights(layout, self._tables, fused_params)
+        # Asks autograd for the gradient of the factors; FBGEMM does the same inside.
+        self._anchor = torch.zeros(0, device=device, requires_grad=True)
+
+    @property
+    def state(self) -> ShardedState | None:
+        """The weights."""
+        return self.weights
+
+    def learning_rate(self) -> float:
+        """The learning rate of the token rows."""
+        return self._learning_rate()
+
+    def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
+        """Find the rows; see the base class."""
+        found = bloom_rows(ids, offsets, self._tables, self._layout.token_bits)
+        factors = _Weigh.apply(self._anchor, ids, offsets, self)
+        if weights is not None:
+            factors = factors * weights
+        return BagRows(found.rows, found.offsets, factors.index_select(0, found.source))
+
+    def infer(
+        self, ids: Tensor, offsets: Tensor, weights: Tensor | None, tbe: RowRangeTBE
+    ) -> Tensor:
+        """Pool the bags; on a CPU in one pass, without FBGEMM; see the base class."""
+        if ids.is_cuda:
+            return super().infer(ids, offsets, weights, tbe)
+        pooled = bloom_pool(
+            tbe.physical_tensors()[0],
+            self.weights.table,
+            ids,
+            offsets,
+            self._tables,
+            row_bits=self._layout.token_bits,
+            weight_bits=self._layout.weight_bits,
+            per_sample_weights=weights,
+        )
+        dtype = SparseType.from_int(tbe.output_dtype).as_dtype()
+        return pooled.view(-1, tbe.max_D).to(dtype)
