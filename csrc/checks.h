@@ -199,28 +199,37 @@ inline void check_bloom_weights(const Tensor& weights, const Tensor& ids, const 
   check_weights_per_shard(weights.size(1));
 }
 
-inline void check_bloom_grad(const Tensor& grad, const Tensor& ids, int64_t weights_per_shard) {
-  check_tensor(grad, "grad", ScalarType::Float, 1);
-  check_device(grad, ids);
-  check_weights_per_shard(weights_per_shard);
-  STD_TORCH_CHECK(grad.numel() == ids.numel(), "grad and ids must have the same length");
+inline int64_t rows_per_shard(const Tensor& rows, int64_t shards_held) {
+  return shards_held == 0 ? 1 : rows.size(0) / shards_held;
 }
 
-inline void check_bloom_pool(const Tensor& rows, const Tensor& weights, const Tensor& ids,
-                             const Tensor& offsets, const Tensor& tables,
-                             const Tensor& per_sample_weights, int64_t num_hashes,
-                             int64_t num_weight_hashes) {
-  check_bloom_weights(weights, ids, offsets, tables, num_weight_hashes);
+inline void check_token_rows(const Tensor& rows, const Tensor& ids, const Tensor& offsets,
+                             const Tensor& tables, const Tensor& per_sample_weights,
+                             int64_t shards_held, int64_t num_hashes) {
   const bool half = rows.scalar_type() == ScalarType::Half;
   check_tensor(rows, "rows", half ? ScalarType::Half : ScalarType::Float, 2);
   check_tensor(per_sample_weights, "per_sample_weights", ScalarType::Float, 1);
   check_device(rows, ids, per_sample_weights);
-  const int64_t held = weights.size(0);
-  STD_TORCH_CHECK(held == 0 || (rows.size(0) >= held && rows.size(0) % held == 0),
-                  "`rows` must be as many in each shard, got ", rows.size(0), " for ", held);
-  check_bloom(ids, offsets, tables, held, held == 0 ? 1 : rows.size(0) / held, num_hashes);
+  STD_TORCH_CHECK(
+      shards_held == 0 || (rows.size(0) >= shards_held && rows.size(0) % shards_held == 0),
+      "`rows` must be as many in each shard, got ", rows.size(0), " for ", shards_held);
+  check_bloom(ids, offsets, tables, shards_held, rows_per_shard(rows, shards_held), num_hashes);
   STD_TORCH_CHECK(per_sample_weights.numel() == 0 || per_sample_weights.numel() == ids.numel(),
                   "per_sample_weights must be empty or as long as ids");
+}
+
+inline void check_bloom_backward(const Tensor& grad, const Tensor& rows, const Tensor& ids,
+                                 const Tensor& offsets, const Tensor& tables,
+                                 const Tensor& per_sample_weights, int64_t shards_held,
+                                 int64_t weights_per_shard, int64_t num_hashes,
+                                 int64_t num_weight_hashes) {
+  check_bloom(ids, offsets, tables, shards_held, weights_per_shard, num_weight_hashes);
+  check_weights_per_shard(weights_per_shard);
+  check_token_rows(rows, ids, offsets, tables, per_sample_weights, shards_held, num_hashes);
+  check_tensor(grad, "grad", ScalarType::Float, 2);
+  check_device(grad, ids);
+  STD_TORCH_CHECK(grad.size(0) == offsets.numel() - 1 && grad.size(1) == rows.size(1),
+                  "grad must be [samples * features, columns of rows]");
 }
 
 inline void check_rebalance(const Tensor& selected, const Tensor& buckets, const Tensor& owners,

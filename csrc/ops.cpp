@@ -43,7 +43,7 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       "bloom_weigh(Tensor weights, Tensor ids, Tensor offsets, Tensor tables, int first_shard,"
       " int num_hashes) -> Tensor");
   m.def(
-      "bloom_weigh_backward(Tensor grad, Tensor ids, Tensor offsets, Tensor tables,"
-      " int first_shard, int shards_held, int weights_per_shard, int num_hashes)"
-      " -> (Tensor rows, Tensor grads)");
+      "bloom_weigh_backward(Tensor grad, Tensor rows, Tensor ids, Tensor offsets, Tensor tables,"
+      " Tensor per_sample_weights, int first_shard, int shards_held, int weights_per_shard,"
+      " int num_hashes, int num_weight_hashes) -> (Tensor rows, Tensor grads)");
 }

@@ -175,79 +175,105 @@ Tensor bloom_weigh_cpu(const Tensor& weights, const Tensor& ids, const Tensor& o
   return factors;
 }
 
-// One thread: sums have the same bits for any number of them.
-std::tuple<Tensor, Tensor> bloom_weigh_backward_cpu(const Tensor& grad, const Tensor& ids,
-                                                    const Tensor& offsets, const Tensor& tables,
-                                                    int64_t first_shard, int64_t shards_held,
-                                                    int64_t weights_per_shard, int64_t num_hashes) {
-  check_bloom(ids, offsets, tables, shards_held, weights_per_shard, num_hashes);
-  check_bloom_grad(grad, ids, weights_per_shard);
-  const Batch batch(ids, offsets, tables);
-  const BloomEncoder encoder(first_shard, shards_held, weights_per_shard, num_hashes, kWeightPairs);
-  const int64_t num_rows = ids.numel() == 0 ? 0 : shards_held * weights_per_shard / kWeightsPerRow;
-  std::vector<float> sums(num_rows * kWeightsPerRow, 0.0f);
-  std::vector<uint8_t> touched(num_rows, 0);
-  const float* gradient = grad.const_data_ptr<float>();
-  batch.each_feature(0, ids.numel(), [&](const Table& table, int64_t first, int64_t last) {
-    each_encoded(batch, encoder, table, first, last, [&](int64_t id, const BloomBits& bits, int i) {
-      for (int h = 0; h < encoder.num_hashes; ++h) {
-        const int32_t bit = bits.at[h][i];
-        if (bit < 0) continue;
-        sums[bit] += gradient[id];
-        touched[bit / kWeightsPerRow] = 1;
-      }
-    });
+// What the kernels are told of a batch and of the two tables.
+BloomLookup lookup_of(const Batch& batch, const Tensor& rows, const Tensor& per_sample_weights,
+                      const BloomEncoder& token_rows, const BloomEncoder& token_weights) {
+  return {batch.ids,
+          batch.offsets,
+          batch.tables.data(),
+          batch.num_features,
+          batch.batch_size,
+          token_rows,
+          token_weights,
+          rows.data_ptr(),
+          rows.scalar_type() == ScalarType::Half,
+          rows.size(1),
+          nullptr,
+          per_sample_weights.numel() > 0 ? per_sample_weights.const_data_ptr<float>() : nullptr,
+          nullptr,
+          nullptr};
+}
+
+// Calls run(feature, first sample, end) for the bags that each thread takes.
+template <typename Run>
+void each_bag_range(const Batch& batch, int64_t num_ids, const Run& run) {
+  const int64_t num_bags = batch.num_features * batch.batch_size;
+  const int64_t bags_per_thread = 1 + kIdsPerThread * num_bags / (1 + num_ids);
+  torch::stable::parallel_for(0, num_bags, bags_per_thread, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t feature = begin / batch.batch_size;
+      const int64_t last = std::min(end, (feature + 1) * batch.batch_size);
+      run(feature, begin - feature * batch.batch_size, last - feature * batch.batch_size);
+      begin = last;
+    }
   });
-  const int64_t size = std::count(touched.begin(), touched.end(), 1);
-  Tensor rows = empty_cpu<1>({size}, aoti_torch_dtype_int64());
-  Tensor grads = empty_cpu<2>({size, kWeightsPerRow}, aoti_torch_dtype_float32());
-  int64_t* out_rows = rows.mutable_data_ptr<int64_t>();
-  float* out_grads = grads.mutable_data_ptr<float>();
-  for (int64_t row = 0; row < num_rows; ++row) {
-    if (touched[row] == 0) continue;
-    *out_rows++ = row;
-    out_grads = std::copy_n(sums.data() + row * kWeightsPerRow, kWeightsPerRow, out_grads);
-  }
-  return {rows, grads};
 }
 
 Tensor bloom_pool_cpu(const Tensor& rows, const Tensor& weights, const Tensor& ids,
                       const Tensor& offsets, const Tensor& tables, const Tensor& per_sample_weights,
                       int64_t first_shard, int64_t num_hashes, int64_t num_weight_hashes) {
-  check_bloom_pool(rows, weights, ids, offsets, tables, per_sample_weights, num_hashes,
-                   num_weight_hashes);
+  check_bloom_weights(weights, ids, offsets, tables, num_weight_hashes);
+  check_token_rows(rows, ids, offsets, tables, per_sample_weights, weights.size(0), num_hashes);
   const Batch batch(ids, offsets, tables);
   const int64_t held = weights.size(0);
-  const int64_t dim = rows.size(1);
+  BloomLookup in = lookup_of(
+      batch, rows, per_sample_weights,
+      BloomEncoder(first_shard, held, rows_per_shard(rows, held), num_hashes, kTokenPairs),
+      BloomEncoder(first_shard, held, weights.size(1), num_weight_hashes, kWeightPairs));
   Tensor pooled =
-      empty_cpu<2>({batch.batch_size, batch.num_features * dim}, aoti_torch_dtype_float32());
-  const BloomLookup in{
-      batch.ids,
-      batch.offsets,
-      batch.tables.data(),
-      batch.num_features,
-      batch.batch_size,
-      BloomEncoder(first_shard, held, rows.size(0) / std::max<int64_t>(1, held), num_hashes,
-                   kTokenPairs),
-      BloomEncoder(first_shard, held, weights.size(1), num_weight_hashes, kWeightPairs),
-      rows.data_ptr(),
-      rows.scalar_type() == ScalarType::Half,
-      dim,
-      weights.const_data_ptr<float>(),
-      per_sample_weights.numel() > 0 ? per_sample_weights.const_data_ptr<float>() : nullptr,
-      pooled.mutable_data_ptr<float>()};
-  const int64_t num_bags = batch.num_features * batch.batch_size;
-  const int64_t bags_per_thread = 1 + kIdsPerThread * num_bags / (1 + ids.numel());
-  torch::stable::parallel_for(0, num_bags, bags_per_thread, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t feature = begin / batch.batch_size;
-      const int64_t last = std::min(end, (feature + 1) * batch.batch_size);
-      kernels().bloom_pool(in, feature, begin - feature * batch.batch_size,
-                           last - feature * batch.batch_size);
-      begin = last;
-    }
+      empty_cpu<2>({batch.batch_size, batch.num_features * in.dim}, aoti_torch_dtype_float32());
+  in.weights = weights.const_data_ptr<float>();
+  in.pooled = pooled.mutable_data_ptr<float>();
+  each_bag_range(batch, ids.numel(), [&](int64_t feature, int64_t first, int64_t last) {
+    kernels().bloom_pool(in, feature, first, last);
   });
   return pooled;
+}
+
+// The sums are one thread's: they have the same bits for any number of them.
+std::tuple<Tensor, Tensor> bloom_weigh_backward_cpu(
+    const Tensor& grad, const Tensor& rows, const Tensor& ids, const Tensor& offsets,
+    const Tensor& tables, const Tensor& per_sample_weights, int64_t first_shard,
+    int64_t shards_held, int64_t weights_per_shard, int64_t num_hashes, int64_t num_weight_hashes) {
+  check_bloom_backward(grad, rows, ids, offsets, tables, per_sample_weights, shards_held,
+                       weights_per_shard, num_hashes, num_weight_hashes);
+  const Batch batch(ids, offsets, tables);
+  const BloomEncoder encoder(first_shard, shards_held, weights_per_shard, num_weight_hashes,
+                             kWeightPairs);
+  BloomLookup in =
+      lookup_of(batch, rows, per_sample_weights,
+                BloomEncoder(first_shard, shards_held, rows_per_shard(rows, shards_held),
+                             num_hashes, kTokenPairs),
+                encoder);
+  in.grad = grad.const_data_ptr<float>();
+  const std::unique_ptr<float[]> dots(new float[ids.numel()]);
+  each_bag_range(batch, ids.numel(), [&](int64_t feature, int64_t first, int64_t last) {
+    kernels().bloom_dots(in, feature, first, last, dots.get());
+  });
+  const int64_t num_rows = ids.numel() == 0 ? 0 : shards_held * weights_per_shard / kWeightsPerRow;
+  std::vector<float> sums(num_rows * kWeightsPerRow, 0.0f);
+  std::vector<uint8_t> touched(num_rows, 0);
+  batch.each_feature(0, ids.numel(), [&](const Table& table, int64_t first, int64_t last) {
+    each_encoded(batch, encoder, table, first, last, [&](int64_t id, const BloomBits& bits, int i) {
+      for (int h = 0; h < encoder.num_hashes; ++h) {
+        const int32_t bit = bits.at[h][i];
+        if (bit < 0) continue;
+        sums[bit] += dots[id];
+        touched[bit / kWeightsPerRow] = 1;
+      }
+    });
+  });
+  const int64_t size = std::count(touched.begin(), touched.end(), 1);
+  Tensor out_rows = empty_cpu<1>({size}, aoti_torch_dtype_int64());
+  Tensor grads = empty_cpu<2>({size, kWeightsPerRow}, aoti_torch_dtype_float32());
+  int64_t* next_row = out_rows.mutable_data_ptr<int64_t>();
+  float* next_grad = grads.mutable_data_ptr<float>();
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (touched[row] == 0) continue;
+    *next_row++ = row;
+    next_grad = std::copy_n(sums.data() + row * kWeightsPerRow, kWeightsPerRow, next_grad);
+  }
+  return {out_rows, grads};
 }
 
 }  // namespace

@@ -138,6 +138,9 @@ struct EncodedBlock {
   int size = 0;
 };
 
+// Encodes the ids [from, end), or the first of them: their token rows, and their factors unless
+// only the rows are wanted.
+template <bool kFactors>
 void encode(const BloomLookup& in, const Table& table, int64_t from, int64_t end,
             EncodedBlock& block) {
   // The processor loses track of streams that it sees little of between random reads.
@@ -148,6 +151,7 @@ void encode(const BloomLookup& in, const Table& table, int64_t from, int64_t end
   BlockOfIds ids;
   find_keys(in.token_rows, table, in.ids + from, block.size, ids);
   set_bits(in.token_rows, ids, block.rows);
+  if (!kFactors) return;
   BloomBits bits;
   set_bits(in.token_weights, ids, bits);
   add_weights(bits, in.token_weights.num_hashes, in.weights, block.size, block.factors);
@@ -262,12 +266,12 @@ void pool_bags(const BloomLookup& in, int64_t feature, int64_t first, int64_t la
   int current = 0;
   int64_t bag = first;
   begin_bag();
-  encode(in, table, offsets[first], end, blocks[0]);
+  encode<true>(in, table, offsets[first], end, blocks[0]);
   for (int i = 0; i < token_rows.kAhead; ++i) token_rows.ask(blocks[0], i);
   for (int64_t from = offsets[first]; from < end; from += kBloomBlock, current ^= 1) {
     const EncodedBlock& block = blocks[current];
     EncodedBlock& next = blocks[current ^ 1];
-    encode(in, table, from + kBloomBlock, end, next);
+    encode<true>(in, table, from + kBloomBlock, end, next);
     for (int i = 0; i < block.size;) {
       for (; offsets[bag + 1] <= from + i; begin_bag()) ++bag;
       const int64_t left = offsets[bag + 1] - from;
@@ -277,6 +281,60 @@ void pool_bags(const BloomLookup& in, int64_t feature, int64_t first, int64_t la
     }
   }
   for (++bag; bag < last; ++bag) begin_bag();  // empty ones at the end
+}
+
+// The scalar product of two rows, in an order of additions that no instruction set changes.
+template <typename T>
+inline float dot(const float* left, const T* right, int64_t dim) {
+  Floats sums = {};
+  int64_t d = 0;
+  for (; d + kFloats <= dim; d += kFloats) {
+    Floats x, y;
+    load(left + d, x);
+    load(right + d, y);
+    sums += x * y;
+  }
+  float parts[kFloats];
+  std::memcpy(parts, &sums, sizeof(parts));
+  for (int half = kFloats / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  }
+  for (; d < dim; ++d) parts[0] += left[d] * to_float(right[d]);
+  return parts[0];
+}
+
+template <typename T>
+void dot_bags(const BloomLookup& in, int64_t feature, int64_t first, int64_t last, float* dots) {
+  const Table table = in.tables[feature];
+  const int64_t* offsets = in.offsets + feature * in.batch_size;
+  const int64_t end = offsets[last];
+  const auto* rows = static_cast<const T*>(in.rows);
+  const TokenRows<T> token_rows{rows, in.dim, in.token_rows.num_hashes};
+  EncodedBlock blocks[2];
+  int current = 0;
+  int64_t bag = first;
+  encode<false>(in, table, offsets[first], end, blocks[0]);
+  for (int64_t from = offsets[first]; from < end; from += kBloomBlock, current ^= 1) {
+    const EncodedBlock& block = blocks[current];
+    encode<false>(in, table, from + kBloomBlock, end, blocks[current ^ 1]);
+    for (int i = 0; i < block.size; ++i) {
+      token_rows.ask_ahead(block, blocks[current ^ 1], i);
+      while (offsets[bag + 1] <= from + i) ++bag;
+      const float* grad = in.grad + (bag * in.num_features + feature) * in.dim;
+      float sum = 0.0f;
+      for (int h = 0; h < in.token_rows.num_hashes; ++h) {
+        const int64_t row = block.rows.at[h][i];
+        if (row >= 0) sum += dot(grad, rows + row * in.dim, in.dim);
+      }
+      const float* weights = in.per_sample_weights;
+      dots[from + i] = weights == nullptr ? sum : sum * weights[from + i];
+    }
+  }
+}
+
+void bloom_dots(const BloomLookup& in, int64_t feature, int64_t first, int64_t last, float* dots) {
+  const auto run = in.half ? dot_bags<uint16_t> : dot_bags<float>;
+  run(in, feature, first, last, dots);
 }
 
 void bloom_pool(const BloomLookup& in, int64_t feature, int64_t first, int64_t last) {

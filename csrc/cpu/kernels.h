@@ -58,7 +58,8 @@ struct BloomLookup {
   int64_t dim;
   const float* weights;
   const float* per_sample_weights;  // or null
-  float* pooled;                    // [batch_size, num_features, dim]
+  float* pooled;                    // [batch_size, num_features, dim], or null
+  const float* grad;                // of `pooled`, or null
 };
 
 struct Kernels {
@@ -108,6 +109,11 @@ struct Kernels {
 
   // Adds up the scaled token rows of each bag of samples [first, last) of a feature.
   void (*bloom_pool)(const BloomLookup& in, int64_t feature, int64_t first, int64_t last);
+
+  // Writes for each id of the bags of samples [first, last) of a feature the gradient of its
+  // factor: that of its bag times its token rows.
+  void (*bloom_dots)(const BloomLookup& in, int64_t feature, int64_t first, int64_t last,
+                     float* dots);
 
   // Gives a shard's hot rows to its highest scores and makes the next `num_medium` medium; see
   // torchrec_cafe.ops.rebalance. `promoted` and `demoted` are added to.

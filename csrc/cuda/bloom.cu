@@ -185,15 +185,15 @@ Tensor bloom_pool_cuda(const Tensor& rows, const Tensor& weights, const Tensor& 
                        const Tensor& offsets, const Tensor& tables,
                        const Tensor& per_sample_weights, int64_t first_shard, int64_t num_hashes,
                        int64_t num_weight_hashes) {
-  check_bloom_pool(rows, weights, ids, offsets, tables, per_sample_weights, num_hashes,
-                   num_weight_hashes);
+  check_bloom_weights(weights, ids, offsets, tables, num_weight_hashes);
+  check_token_rows(rows, ids, offsets, tables, per_sample_weights, weights.size(0), num_hashes);
   const torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
   const cudaStream_t stream = current_stream(ids);
   const Batch batch(ids, offsets, tables);
   const int64_t held = weights.size(0);
   const int64_t dim = rows.size(1);
-  const BloomEncoder token_rows(first_shard, held, rows.size(0) / std::max<int64_t>(1, held),
-                                num_hashes, kTokenPairs);
+  const BloomEncoder token_rows(first_shard, held, rows_per_shard(rows, held), num_hashes,
+                                kTokenPairs);
   const BloomEncoder token_weights(first_shard, held, weights.size(1), num_weight_hashes,
                                    kWeightPairs);
   Tensor pooled = torch::stable::new_zeros(weights, {batch.batch_size, batch.num_features * dim});
@@ -213,47 +213,74 @@ Tensor bloom_pool_cuda(const Tensor& rows, const Tensor& weights, const Tensor& 
   return pooled;
 }
 
-// Entry i * num_hashes + j is hash j of id i; one that sets no new bit has gradient 0.
-__global__ void weigh_backward_kernel(Batch batch, BloomEncoder encoder,
-                                      const float* __restrict__ grad, int64_t* __restrict__ rows,
-                                      float* __restrict__ grads) {
-  for (int64_t bag = first_index(); bag < batch.num_bags(); bag += index_stride()) {
-    const Table table = Table::load(batch.tables, bag / batch.batch_size);
-    int64_t bits[kMaxHashes];
-    for (int64_t i = batch.begin(bag); i < batch.end(bag); ++i) {
-      const int size = encoder.encode(table, batch.ids[i], bits);
-      for (int j = 0; j < encoder.num_hashes; ++j) {
-        const int64_t at = i * encoder.num_hashes + j;
-        const int64_t bit = bits[j < size ? j : 0];
-        rows[at] = bit / kWeightsPerRow;
-        if (j < size) grads[at * kWeightsPerRow + bit % kWeightsPerRow] = grad[i];
+// A warp a bag. Entry i * num_hashes + j is weight j of id i; one that sets no new bit has gradient
+// 0.
+template <typename T>
+__global__ void weigh_backward_kernel(Batch batch, BloomEncoder token_rows,
+                                      BloomEncoder token_weights, const T* __restrict__ rows,
+                                      const float* __restrict__ grad, int64_t dim,
+                                      const float* __restrict__ per_sample_weights,
+                                      int64_t* __restrict__ out_rows,
+                                      float* __restrict__ out_grads) {
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t bag = first_index() / kWarp; bag < batch.num_bags(); bag += index_stride() / kWarp) {
+    const int64_t from = feature_major(batch, bag);
+    const Table table = Table::load(batch.tables, bag % batch.num_features);
+    for (int64_t i = batch.begin(from); i < batch.end(from); ++i) {
+      int64_t bits[kMaxHashes];
+      int size = token_rows.encode(table, batch.ids[i], bits);
+      float sum = 0.0f;
+      for (int j = 0; j < size; ++j) {
+        for (int64_t d = lane; d < dim; d += kWarp) {
+          sum += grad[bag * dim + d] * to_float(rows[bits[j] * dim + d]);
+        }
       }
+      for (int other = kWarp / 2; other > 0; other /= 2) {
+        sum += __shfl_xor_sync(0xffffffffu, sum, other);
+      }
+      if (per_sample_weights != nullptr) sum *= per_sample_weights[i];
+      size = token_weights.encode(table, batch.ids[i], bits);
+      if (lane >= token_weights.num_hashes) continue;
+      const int64_t at = i * token_weights.num_hashes + lane;
+      const int64_t bit = bits[lane < size ? lane : 0];
+      out_rows[at] = bit / kWeightsPerRow;
+      if (lane < size) out_grads[at * kWeightsPerRow + bit % kWeightsPerRow] = sum;
     }
   }
 }
 
 // Rows come as often as they are hit: FBGEMM's own backward sorts and adds them up, in an order
 // that is always the same.
-std::tuple<Tensor, Tensor> bloom_weigh_backward_cuda(const Tensor& grad, const Tensor& ids,
-                                                     const Tensor& offsets, const Tensor& tables,
-                                                     int64_t first_shard, int64_t shards_held,
-                                                     int64_t weights_per_shard,
-                                                     int64_t num_hashes) {
-  check_bloom(ids, offsets, tables, shards_held, weights_per_shard, num_hashes);
-  check_bloom_grad(grad, ids, weights_per_shard);
+std::tuple<Tensor, Tensor> bloom_weigh_backward_cuda(
+    const Tensor& grad, const Tensor& rows, const Tensor& ids, const Tensor& offsets,
+    const Tensor& tables, const Tensor& per_sample_weights, int64_t first_shard,
+    int64_t shards_held, int64_t weights_per_shard, int64_t num_hashes, int64_t num_weight_hashes) {
+  check_bloom_backward(grad, rows, ids, offsets, tables, per_sample_weights, shards_held,
+                       weights_per_shard, num_hashes, num_weight_hashes);
   const torch::stable::accelerator::DeviceGuard guard(ids.get_device_index());
+  const cudaStream_t stream = current_stream(ids);
   const Batch batch(ids, offsets, tables);
-  const BloomEncoder encoder(first_shard, shards_held, weights_per_shard, num_hashes, kWeightPairs);
-  const int64_t size = ids.numel() * num_hashes;
-  Tensor rows = torch::stable::new_zeros(ids, {size});
-  Tensor grads = torch::stable::new_zeros(grad, {size, kWeightsPerRow});
-  if (batch.num_bags() > 0) {
-    weigh_backward_kernel<<<grid_size(batch.num_bags()), kThreads, 0, current_stream(ids)>>>(
-        batch, encoder, grad.const_data_ptr<float>(), rows.mutable_data_ptr<int64_t>(),
-        grads.mutable_data_ptr<float>());
+  const BloomEncoder token_rows(first_shard, shards_held, rows_per_shard(rows, shards_held),
+                                num_hashes, kTokenPairs);
+  const BloomEncoder token_weights(first_shard, shards_held, weights_per_shard, num_weight_hashes,
+                                   kWeightPairs);
+  const int64_t size = ids.numel() * num_weight_hashes;
+  Tensor out_rows = torch::stable::new_zeros(ids, {size});
+  Tensor out_grads = torch::stable::new_zeros(grad, {size, kWeightsPerRow});
+  if (batch.num_bags() == 0) return {out_rows, out_grads};
+  const auto launch = [&](const auto* values) {
+    weigh_backward_kernel<<<grid_size(batch.num_bags() * kWarp), kThreads, 0, stream>>>(
+        batch, token_rows, token_weights, values, grad.const_data_ptr<float>(), rows.size(1),
+        per_sample_weights.numel() > 0 ? per_sample_weights.const_data_ptr<float>() : nullptr,
+        out_rows.mutable_data_ptr<int64_t>(), out_grads.mutable_data_ptr<float>());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  if (rows.scalar_type() == ScalarType::Half) {
+    launch(static_cast<const __half*>(rows.data_ptr()));
+  } else {
+    launch(static_cast<const float*>(rows.data_ptr()));
   }
-  return {rows, grads};
+  return {out_rows, out_grads};
 }
 
 }  // namespace

@@ -59,30 +59,29 @@ def test_rows_match_reference(lengths, per_shard, num_hashes, seed):
     lengths=lengths_of_bags,
     per_shard=st.integers(1, 10).map(lambda n: 4 * n),
     num_hashes=st.integers(1, 16),
+    dim=st.integers(1, 10).map(lambda n: 4 * n),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_weights_and_their_gradient_match_reference(lengths, per_shard, num_hashes, seed):
+def test_weights_and_their_gradient_match_reference(lengths, per_shard, num_hashes, dim, seed):
     batch = batch_of(lengths, seed)
     bits = BloomBits(**ALL, per_shard=per_shard, num_hashes=num_hashes)
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn((SHARDS, per_shard), generator=generator)
     factors = ops.bloom_weigh(weights, *batch, bits)
     assert torch.equal(factors, reference.bloom_weigh(weights, *batch, bits))
-    grad = torch.randn(len(factors), generator=generator)
-    rows, grads = ops.bloom_weigh_backward(grad, *batch, bits)
-    expected = reference.bloom_weigh_backward(grad, *batch, bits)
-    assert torch.equal(rows, expected[0])
-    assert torch.equal(grads, expected[1])
-    if not len(batch[0]):
-        return
-    # Both against autograd, in double precision.
-    exact = weights.double().requires_grad_()
-    (reference.bloom_weigh(exact, *batch, bits) * grad.double()).sum().backward()
-    dense = torch.zeros(SHARDS * per_shard // 4, 4)
-    dense[rows] = grads
-    assert exact.grad is not None
-    torch.testing.assert_close(dense.view_as(weights), exact.grad.float())
+    rows = torch.randn((SHARDS * 10, dim), generator=generator)
+    grad = torch.randn((len(lengths), dim), generator=generator)
+    options = {
+        "row_bits": BloomBits(**ALL, per_shard=10, num_hashes=1 + num_hashes % 3),
+        "weight_bits": bits,
+        "per_sample_weights": torch.rand(len(batch[0]), generator=generator) if seed % 2 else None,
+    }
+    for table in (rows, rows.half()):
+        found, grads = ops.bloom_weigh_backward(grad, table, *batch, **options)
+        expected = reference.bloom_weigh_backward(grad, table, *batch, **options)
+        assert torch.equal(found, expected[0])
+        assert torch.equal(grads, expected[1])
 
 
 @given(
@@ -163,8 +162,9 @@ def test_opcheck():
     torch.library.opcheck(operators.bloom_weigh, (torch.rand(SHARDS, 8), *batch, 0, 4))
     pooled = torch.rand(SHARDS * 5, 8), torch.rand(SHARDS, 8), *batch, torch.empty(0), 0, 2, 4
     torch.library.opcheck(operators.bloom_pool, pooled)
-    grad = torch.rand(len(batch[0]))
-    torch.library.opcheck(operators.bloom_weigh_backward, (grad, *batch, 0, SHARDS, 8, 4))
+    rows = torch.rand(SHARDS * 5, 8)
+    backward = torch.rand(6, 8), rows, *batch, torch.empty(0), 0, SHARDS, 8, 2, 4
+    torch.library.opcheck(operators.bloom_weigh_backward, backward)
 
 
 def test_errors_name_the_argument():
@@ -190,5 +190,15 @@ def test_errors_name_the_argument():
     odd = BloomBits(**ALL, per_shard=6, num_hashes=2)
     with pytest.raises(ValueError, match="`weights` must have a multiple of 4 columns, got 6"):
         ops.bloom_weigh(torch.rand(SHARDS, 6), ids, offsets, tables, odd)
-    with pytest.raises(ValueError, match=r"bloom_weigh_backward: `grad` must have shape \[8\]"):
-        ops.bloom_weigh_backward(torch.rand(3), ids, offsets, tables, bits)
+    two = {"row_bits": bits, "weight_bits": bits}
+    rows = torch.rand(SHARDS * 8, 4)
+    with pytest.raises(TypeError, match="bloom_weigh_backward: `grad` must be torch.float32"):
+        ops.bloom_weigh_backward(torch.rand(6, 4).double(), rows, ids, offsets, tables, **two)
+    with pytest.raises(ValueError, match=r"`rows` must have shape \[32, any\], got \[31, 4\]"):
+        ops.bloom_pool(rows[1:], weights, ids, offsets, tables, **two)
+    with pytest.raises(ValueError, match=r"`per_sample_weights` must have shape \[8\], got \[7\]"):
+        ops.bloom_pool(rows, weights, ids, offsets, tables, **two, per_sample_weights=torch.rand(7))
+    with pytest.raises(TypeError, match="`rows` must be torch.float32 or torch.float16, got"):
+        ops.bloom_pool(rows.bfloat16(), weights, ids, offsets, tables, **two)
+    with pytest.raises(ValueError, match=r"`grad` must have shape \[6, 4\], got \[3, 4\]"):
+        ops.bloom_weigh_backward(torch.rand(3, 4), rows, ids, offsets, tables, **two)

@@ -126,6 +126,19 @@ def test_values_and_gradients_are_those_of_the_dense_model(
             torch.testing.assert_close(now.double(), stepped, rtol=1e-5, atol=1e-5)
 
 
+def test_per_sample_weights_get_their_gradient():
+    bags = make(EmbOptimType.EXACT_SGD, num_hashes=2)
+    batch = draw(3)
+    user = torch.rand(len(batch[0]), dtype=torch.float64, requires_grad=True)
+    rows, weights = (tensor.double() for tensor in tensors(bags))
+    dense(bags, rows, weights, batch, user).pow(2).sum().backward()
+    given = user.detach().float().requires_grad_()
+    bags(*batch, given).pow(2).sum().backward()
+    assert given.grad is not None
+    assert user.grad is not None
+    torch.testing.assert_close(given.grad.double(), user.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_the_definition_passes_gradcheck():
     bags = make(EmbOptimType.EXACT_SGD, num_hashes=2, num_weight_hashes=3)
     rows, weights = (tensor.double().requires_grad_() for tensor in tensors(bags))

@@ -156,7 +156,7 @@ def bloom_pool(  # noqa: PLR0913  both tables and a batch
     """
     op = "bloom_pool"
     floats = {} if per_sample_weights is None else {"per_sample_weights": per_sample_weights}
-    _check_held(op, "rows", rows, (row_bits.shards_held * row_bits.per_shard, None))
+    _check_rows(op, rows, row_bits)
     _check_held(op, "weights", weights, (weight_bits.shards_held, weight_bits.per_shard))
     with _explained(op, ids, offsets, tables, weights=weights, **floats):
         return torch.ops.torchrec_cafe.bloom_pool.default(
@@ -172,23 +172,44 @@ def bloom_pool(  # noqa: PLR0913  both tables and a batch
         )
 
 
+def _check_rows(op: str, rows: Tensor, bits: BloomBits) -> None:
+    """Check the token rows, which may have one of two dtypes."""
+    if rows.dtype not in (torch.float32, torch.float16):
+        raise TypeError(f"{op}: `rows` must be torch.float32 or torch.float16, got {rows.dtype}")
+    _check_held(op, "rows", rows, (bits.shards_held * bits.per_shard, None))
+
+
 def _check_held(op: str, name: str, tensor: Tensor, shape: tuple[int, int | None]) -> None:
     """Check that a table has the size that its bits say, which the operator cannot know."""
     if tensor.dim() != 2 or tensor.shape[0] != shape[0] or shape[1] not in (None, tensor.shape[1]):
         check_tensor(op, name, tensor, tensor.dtype, shape)
 
 
-def bloom_weigh_backward(
-    grad: Tensor, ids: Tensor, offsets: Tensor, tables: Tensor, bits: BloomBits
+def bloom_weigh_backward(  # noqa: PLR0913  both tables and a batch
+    grad: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    *,
+    row_bits: BloomBits,
+    weight_bits: BloomBits,
+    per_sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of :func:`bloom_weigh` with respect to its weights, by rows of four weights.
+    """The gradient of the weights, from that of the pooled bags, by rows of four weights.
+
+    The factor of an id has the gradient of its bag times the sum of its token rows; each of its
+    weights has that of the factor.
 
     Args:
-        grad: float32 ``[N]``, of what :func:`bloom_weigh` returned.
-        ids: as there.
-        offsets: as there.
-        tables: as there.
-        bits: as there.
+        grad: float32 ``[B * F, D]``, of the pooled bags; bag ``b * F + f`` is sample b of feature f.
+        rows: as :func:`bloom_pool` takes them, as they were looked up.
+        ids: as :func:`bloom_rows` takes them.
+        offsets: as :func:`bloom_rows` takes them.
+        tables: as :func:`bloom_rows` takes them.
+        row_bits: where the rows lie.
+        weight_bits: where the weights lie.
+        per_sample_weights: as :func:`bloom_pool` takes them.
 
     Returns:
         int64 ``[U]``, rows of the weights viewed as ``[S * W / 4, 4]``; float32 ``[U, 4]``, their
@@ -202,16 +223,23 @@ def bloom_weigh_backward(
     Note:
         Deterministic for any number of threads. Nothing is mutated.
     """
-    with _explained("bloom_weigh_backward", ids, offsets, tables, grad=grad):
+    op = "bloom_weigh_backward"
+    _check_rows(op, rows, row_bits)
+    floats = {} if per_sample_weights is None else {"per_sample_weights": per_sample_weights}
+    _check_held(op, "grad", grad, (max(0, offsets.numel() - 1), rows.shape[1]))
+    with _explained(op, ids, offsets, tables, grad=grad, **floats):
         return torch.ops.torchrec_cafe.bloom_weigh_backward.default(
             grad,
+            rows,
             ids,
             offsets,
             tables,
-            bits.first_shard,
-            bits.shards_held,
-            bits.per_shard,
-            bits.num_hashes,
+            grad.new_empty(0) if per_sample_weights is None else per_sample_weights,
+            row_bits.first_shard,
+            row_bits.shards_held,
+            weight_bits.per_shard,
+            row_bits.num_hashes,
+            weight_bits.num_hashes,
         )
 
 
@@ -227,7 +255,7 @@ def _explained(
         check_tensor(op, "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
         check_tensor(op, "offsets", offsets, torch.int64, (None,))
         for name, tensor in floats.items():
-            shape = (None, None) if name == "weights" else tuple(ids.shape)
+            shape = tuple(ids.shape) if name == "per_sample_weights" else (None, None)
             check_tensor(op, name, tensor, torch.float32, shape)
         check_same_device(op, ids=ids, offsets=offsets, tables=tables, **floats)
         features = tables.shape[0]
@@ -288,14 +316,17 @@ def _(  # noqa: PLR0913  the schema has as many arguments
 @torch.library.register_fake("torchrec_cafe::bloom_weigh_backward")
 def _(  # noqa: PLR0913  the schema has as many arguments
     grad: Tensor,
+    rows: Tensor,
     ids: Tensor,
     offsets: Tensor,
     tables: Tensor,
+    per_sample_weights: Tensor,
     first_shard: int,
     shards_held: int,
     weights_per_shard: int,
     num_hashes: int,
+    num_weight_hashes: int,
 ) -> tuple[Tensor, Tensor]:
-    check_same_device("bloom_weigh_backward", grad=grad, ids=ids, offsets=offsets, tables=tables)
+    check_same_device("bloom_weigh_backward", grad=grad, rows=rows, ids=ids, tables=tables)
     size = torch.library.get_ctx().new_dynamic_size()
     return ids.new_empty(size), grad.new_empty((size, WEIGHTS_PER_ROW))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchrec_cafe.ops import Remapped
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool
 from torchrec_cafe.tables.rows import RowLookup, SharedRows
@@ -56,21 +55,24 @@ class CompressedBags(nn.Module):
         if not torch.is_grad_enabled():
             pooled = self.rows.infer(ids, offsets, weights, self.tbe)
             return pooled.view(batch_size, num_features * pooled.shape[1])
-        rows, starts, factors, batch = self.rows(ids, offsets, weights)
-        pooled = self.tbe(indices=rows, offsets=starts, per_sample_weights=factors)
-        if batch is not None and self.training and pooled.requires_grad:
-            given = None if weights is None else weights.detach()
-            pooled.register_hook(lambda grad: self._learn(grad, offsets, batch, given))
+        rows, starts, factors, learn = self.rows(ids, offsets, weights)
+        pooled = self.tbe(
+            indices=rows,
+            offsets=starts,
+            per_sample_weights=factors,
+            feature_requires_grad=self._gradient_of(factors),
+        )
+        if learn is not None and pooled.requires_grad:
+            pooled.register_hook(torch.no_grad()(learn))
         return pooled.view(batch_size, num_features * pooled.shape[1])
+
+    def _gradient_of(self, factors: Tensor | None) -> Tensor | None:
+        """Whether FBGEMM has to compute the gradient of the factors, which it does unasked."""
+        if factors is None or factors.requires_grad:
+            return None
+        return torch.zeros(1, dtype=torch.int32, device=factors.device)
 
     def settle(self) -> None:
         """Apply what the last step has taught; see :meth:`HotRowPool.settle`."""
         if self.pool is not None and self.pool.unsettled:  # the rows are asked for only then
             self.pool.settle(self.tbe.physical_tensors())
-
-    @torch.no_grad()
-    def _learn(
-        self, grad: Tensor, offsets: Tensor, batch: Remapped, weights: Tensor | None
-    ) -> None:
-        assert self.pool is not None
-        self.pool.learn(grad, offsets, batch, weights)

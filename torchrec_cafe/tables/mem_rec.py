@@ -133,42 +133,20 @@ class TokenWeights(ShardedState):
         bits = self._layout.weight_bits
         return bloom_weigh(self.table, ids, offsets, self._tables, bits)
 
-    def train(self, grad: Tensor, ids: Tensor, offsets: Tensor, learning_rate: float) -> None:
+    def train(self, rows: Tensor, grads: Tensor, learning_rate: float) -> None:
         """Let the optimizer step on the weights that a batch has hit.
 
         Args:
-            grad: float32 ``[N]``, of the factors.
-            ids: what :meth:`of` was given.
-            offsets: what :meth:`of` was given.
+            rows: as :func:`torchrec_cafe.ops.bloom_weigh_backward` returns them.
+            grads: as it returns them.
             learning_rate: of this step.
         """
-        bits = self._layout.weight_bits
-        rows, grads = bloom_weigh_backward(grad.contiguous(), ids, offsets, self._tables, bits)
         if self.tbe.get_learning_rate() != learning_rate:
             self.tbe.set_learning_rate(learning_rate)
         with torch.enable_grad():
             starts = torch.arange(len(rows) + 1, device=rows.device)
             looked_up = self.tbe(indices=rows, offsets=starts)
         looked_up.backward(grads)
-
-
-class _Weigh(torch.autograd.Function):
-    """The factors of ids, whose gradient goes to the optimizer of the weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, _anchor: Tensor, ids: Tensor, offsets: Tensor, rows: MemRecRows
-    ) -> Tensor:
-        ctx.rows = rows
-        ctx.save_for_backward(ids, offsets)
-        return rows.weights.of(ids, offsets)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
-        rows: MemRecRows = ctx.rows
-        ids, offsets = ctx.saved_tensors
-        rows.weights.train(grads[0], ids, offsets, rows.learning_rate())
-        return None, None, None, None
 
 
 @final
@@ -191,30 +169,45 @@ class MemRecRows(RowLookup):
         fused_params: dict[str, Any],
     ) -> None:
         """Lay out the tables; see the class."""
-        device = tbe.current_device
-        super().__init__(tables, device)
+        super().__init__(tables, tbe.current_device)
         self._layout = layout
-        self._learning_rate = tbe.get_learning_rate
+        self._tbe = (tbe,)  # hidden from nn.Module: it is a module of the bags
         self.weights = TokenWeights(layout, self._tables, fused_params)
-        # Asks autograd for the gradient of the factors; FBGEMM does the same inside.
-        self._anchor = torch.zeros(0, device=device, requires_grad=True)
 
     @property
     def state(self) -> ShardedState | None:
         """The weights."""
         return self.weights
 
-    def learning_rate(self) -> float:
-        """The learning rate of the token rows."""
-        return self._learning_rate()
-
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
         """Find the rows; see the base class."""
         found = bloom_rows(ids, offsets, self._tables, self._layout.token_bits)
-        factors = _Weigh.apply(self._anchor, ids, offsets, self)
+        factors = self.weights.of(ids, offsets)
         if weights is not None:
             factors = factors * weights
-        return BagRows(found.rows, found.offsets, factors.index_select(0, found.source))
+        given = None if weights is None else weights.detach()
+        # FBGEMM could pass the gradient of the factors on, but takes long over it on a CPU.
+        return BagRows(
+            found.rows,
+            found.offsets,
+            factors.index_select(0, found.source),
+            lambda grad: self._learn(grad, ids, offsets, given),
+        )
+
+    def _learn(self, grad: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
+        """Train the weights, before FBGEMM changes the rows that they were multiplied with."""
+        (tbe,) = self._tbe
+        rows, grads = bloom_weigh_backward(
+            grad.float().contiguous(),
+            tbe.physical_tensors()[0],
+            ids,
+            offsets,
+            self._tables,
+            row_bits=self._layout.token_bits,
+            weight_bits=self._layout.weight_bits,
+            per_sample_weights=weights,
+        )
+        self.weights.train(rows, grads, tbe.get_learning_rate())
 
     def infer(
         self, ids: Tensor, offsets: Tensor, weights: Tensor | None, tbe: RowRangeTBE

@@ -6,7 +6,7 @@ Shape legend: N ids, F features, B samples.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -17,7 +17,6 @@ from torchrec_cafe.ops import (
     TABLE_COLUMNS,
     HotRows,
     Lookups,
-    Remapped,
     add_second_rows,
     first_mixed_id,
     quotient_remainder,
@@ -59,13 +58,14 @@ class BagRows(NamedTuple):
         rows: int64 ``[M]``, physical rows.
         offsets: int64 ``[B * F + 1]``, where each bag starts in ``rows``.
         factors: float32 ``[M]``, what each row is multiplied by; ``None``: all one.
-        batch: what a pool of hot rows learns from, if there is one.
+        learn: called in backward with the gradient of the pooled bags, ``[B * F, D]``, before the
+            rows are updated; ``None``: nothing is learned from it.
     """
 
     rows: Tensor
     offsets: Tensor
     factors: Tensor | None
-    batch: Remapped | None = None
+    learn: Callable[[Tensor], None] | None = None
 
 
 class RowLookup(nn.Module, ABC):
@@ -177,7 +177,16 @@ class SharedRows(RowLookup):
         if hot.rows.second_rows_per_shard > 0:
             found = add_second_rows(batch, hot.rows)
         factors = None if weights is None else weights[found.source]
-        return BagRows(found.rows, found.offsets, factors, None if self.pool is None else batch)
+        pool = self.pool
+        if pool is None or not self.training:
+            return BagRows(found.rows, found.offsets, factors)
+        given = None if weights is None else weights.detach()
+        return BagRows(
+            found.rows,
+            found.offsets,
+            factors,
+            lambda grad: pool.learn(grad, offsets, batch, given),
+        )
 
 
 @final

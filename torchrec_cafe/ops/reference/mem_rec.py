@@ -70,19 +70,50 @@ def bloom_weigh(
     return torch.cat(factors)
 
 
-def bloom_weigh_backward(
-    grad: Tensor, ids: Tensor, offsets: Tensor, tables: Tensor, bits: BloomBits
+def row_dot(left: Tensor, right: Tensor) -> Tensor:
+    """The scalar product of two rows: sixteen sums, halved four times, and then what is left."""
+    whole = len(left) // 16 * 16
+    parts = left.new_zeros(16)
+    for at in range(0, whole, 16):
+        parts = parts + left[at : at + 16] * right[at : at + 16]
+    for half in (8, 4, 2, 1):
+        parts = parts[:half] + parts[half:]
+    total = parts[0]
+    for x, y in zip(left[whole:], right[whole:], strict=True):
+        total = total + x * y
+    return total
+
+
+def bloom_weigh_backward(  # noqa: PLR0913  as many as torchrec_cafe.ops.bloom_weigh_backward
+    grad: Tensor,
+    rows: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    *,
+    row_bits: BloomBits,
+    weight_bits: BloomBits,
+    per_sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`torchrec_cafe.ops.bloom_weigh_backward`, as on a CPU."""
-    sums = grad.new_zeros(bits.shards_held * bits.per_shard)
+    sums = grad.new_zeros(weight_bits.shards_held * weight_bits.per_shard)
     touched = torch.zeros(len(sums), dtype=torch.bool)
-    pairs = zip(ids.tolist(), _tables_of_ids(ids, offsets, tables), strict=True)
-    for i, (id_, table) in enumerate(pairs):
-        for bit in bloom_bits(id_, table, bits, WEIGHT_PAIRS):
-            sums[bit] += grad[i]
-            touched[bit] = True
-    rows = touched.view(-1, WEIGHTS_PER_ROW).any(1).nonzero().flatten()
-    return rows, sums.view(-1, WEIGHTS_PER_ROW)[rows]
+    features = len(tables)
+    batch_size = (offsets.numel() - 1) // features
+    for bag in range(offsets.numel() - 1):
+        table = tables[bag // batch_size].tolist()
+        of_bag = grad[bag % batch_size * features + bag // batch_size]
+        for i in range(int(offsets[bag]), int(offsets[bag + 1])):
+            dot = grad.new_zeros(())
+            for row in bloom_bits(int(ids[i]), table, row_bits, TOKEN_PAIRS):
+                dot = dot + row_dot(of_bag, rows[row].float())
+            if per_sample_weights is not None:
+                dot = dot * per_sample_weights[i]
+            for bit in bloom_bits(int(ids[i]), table, weight_bits, WEIGHT_PAIRS):
+                sums[bit] += dot
+                touched[bit] = True
+    hit = touched.view(-1, WEIGHTS_PER_ROW).any(1).nonzero().flatten()
+    return hit, sums.view(-1, WEIGHTS_PER_ROW)[hit]
 
 
 def bloom_pool(  # noqa: PLR0913  as many as torchrec_cafe.ops.bloom_pool
