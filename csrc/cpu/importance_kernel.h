@@ -12,8 +12,9 @@ namespace {
 constexpr int64_t kBytesAhead = 4096;
 constexpr int64_t kFloatsPerLine = 16;
 
-inline void ask_for_bags(const float* grad, int64_t dim, const int64_t* columns,
-                         int64_t num_columns) {
+__attribute__((always_inline)) inline void ask_for_bags(const float* grad, int64_t dim,
+                                                        const int64_t* columns,
+                                                        int64_t num_columns) {
   for (int64_t c = 0; c < num_columns; ++c) {
     const float* bag = grad + columns[c] * dim;
     for (int64_t d = 0; d < dim; d += kFloatsPerLine) __builtin_prefetch(bag + d);

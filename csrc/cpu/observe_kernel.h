@@ -146,7 +146,7 @@ void observe(const HotSketch& sketch, const Occurrences& seen, Events* events) {
 
 // The processor's own prefetching loses track of streams that are read in part, between random
 // accesses.
-inline void ask_for_input(const Occurrences& seen, int64_t from) {
+__attribute__((always_inline)) inline void ask_for_input(const Occurrences& seen, int64_t from) {
   if (from + kBlock > seen.size) return;
   for (int i = 0; i < kBlock; i += 8) __builtin_prefetch(seen.keys + from + i);
   for (int i = 0; i < kBlock; i += 16) __builtin_prefetch(seen.shards + from + i);
