@@ -62,16 +62,17 @@ def test_two_ranks_train_every_kind_and_report(tmp_path: Path, criteo_file: Path
         tmp_path,
         *("--data", str(criteo_file), "--full", "--batch_size", "64", "--compression", "4"),
         *("--checkpoint_dir", str(tmp_path / "checkpoints"), "--learning_rate", "0.2"),
+        *("--kinds", "full,hash,cafe,mem_rec"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     values = {row["name"]: row["value"] for row in report["rows"]}
-    for kind in ("full", "hash", "cafe"):
+    for kind in ("full", "hash", "cafe", "mem_rec"):
         assert 0.5 < values[f"{kind}/auc"] <= 1
         assert 0 < values[f"{kind}/log_loss"] < 1
         assert values[f"{kind}/samples_per_second"] > 0
     dense = values["full/embedding_bytes"]
-    for kind in ("hash", "cafe"):
+    for kind in ("hash", "cafe", "mem_rec"):
         assert values[f"{kind}/embedding_bytes"] <= dense / 4
     assert (tmp_path / "out" / "report.png").stat().st_size > 5000
     assert "| cafe |" in (tmp_path / "out" / "report.md").read_text()
@@ -150,7 +151,9 @@ def test_flags_are_the_fields_of_the_config():
 
 
 def test_arguments_of_cafe_reach_the_tables():
-    config = parse_args(["--cafe", "half_life=200,threshold=none,rebalance_interval=4"])
+    config = parse_args(
+        ["--cafe", "half_life=200,threshold=none,rebalance_interval=4", "--mem_rec", "num_hashes=2"]
+    )
     arguments = {"half_life": 200.0, "threshold": None, "rebalance_interval": 4}
     assert config.cafe_arguments() == arguments
     nothing = np.zeros((0, 1))
@@ -166,6 +169,7 @@ def test_arguments_of_cafe_reach_the_tables():
     assert kept["full"] is None
     assert kept["cafe"] == tc.Cafe(compression=10, **arguments)
     assert kept["hash_whole"] == tc.Hash(compression=10, whole_fraction=0.25)
+    assert kept["mem_rec"] == tc.MemRec(compression=10, num_hashes=2)
     assert len(set(kept.values())) == len(KINDS)
     assert config.over_arch == (256, 128)
 
@@ -178,6 +182,9 @@ def test_arguments_of_cafe_reach_the_tables():
             "--kinds must be of full, hash, .*, cafe_single_level, mem_rec, got full, magic",
         ),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--mem_rec", "num_hashes=0"], r"--mem_rec: num_hashes must be in \[1, 16\], got 0"),
+        (["--mem_rec", "half_life=3"], "--mem_rec must be NAME=VALUE,... with names of num_hashes"),
         (["--optimizer", "lamb"], "--optimizer must be of rowwise_adagrad, adagrad, sgd"),
         (["--seed", ""], "need at least one value"),
         (["--max_steps", "-1"], "--max_steps must be at least 0, got -1"),

@@ -202,7 +202,7 @@ def bloom_weigh_backward(  # noqa: PLR0913  both tables and a batch
     weights has that of the factor.
 
     Args:
-        grad: float32 ``[B * F, D]``, of the pooled bags; bag ``b * F + f`` is sample b of feature f.
+        grad: float32 ``[B * F, D]``, of the pooled bags, sample-major.
         rows: as :func:`bloom_pool` takes them, as they were looked up.
         ids: as :func:`bloom_rows` takes them.
         offsets: as :func:`bloom_rows` takes them.
