@@ -199,7 +199,7 @@ class MemRecRows(RowLookup):
         (tbe,) = self._tbe
         rows, grads = bloom_weigh_backward(
             grad.float().contiguous(),
-            tbe.physical_tensors()[0],
+            tbe.split_embedding_weights()[-1],
             ids,
             offsets,
             self._tables,
@@ -216,7 +216,7 @@ class MemRecRows(RowLookup):
         if ids.is_cuda:
             return super().infer(ids, offsets, weights, tbe)
         pooled = bloom_pool(
-            tbe.physical_tensors()[0],
+            tbe.split_embedding_weights()[-1],
             self.weights.table,
             ids,
             offsets,
