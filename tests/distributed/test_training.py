@@ -183,27 +183,6 @@ def test_any_number_of_ranks_learns_the_same(
             torch.testing.assert_close(joined, whole, msg=name)
 
 
-def _inferred() -> Tensor:
-    """What a model gives without gradients, after some steps; four shards, which is few."""
-    few = tc.MemRec(compression=5, num_shards=4)
-    kinds = {name: tc.ParameterConstraints(table=few) for name in CAFE_SIZES}
-    model = models.sharded(models.collection(CAFE_SIZES), kinds, EmbOptimType.EXACT_SGD)
-    models.set_weights(model)
-    batch_size = 12 // dist.get_world_size()
-    for batch in models.batches(3, batch_size, CAFE_SIZES):
-        (model(batch).values().sum() * dist.get_world_size()).backward()
-    with torch.no_grad():
-        (batch,) = models.batches(1, batch_size, CAFE_SIZES, seed=1)
-        return model.eval()(batch).values().clone()
-
-
-def test_a_rank_without_a_shard_takes_part(tmp_path: Path):
-    (alone,) = run_ranks(1, tmp_path / "alone", _inferred)
-    # Of four shards, two ranks have two each and the third has none.
-    parts = run_ranks(3, tmp_path / "parts", _inferred)
-    torch.testing.assert_close(torch.cat(parts), alone)
-
-
 def _twice(kind: str) -> bool:
     """Whether the same training, done twice, gives the same bits."""
     states = []
