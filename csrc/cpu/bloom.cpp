@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/blocks.h"
 #include "cpu/offsets.h"
 #include "cpu/tensors.h"
 
@@ -52,17 +53,10 @@ struct Batch {
 
 using Rows = std::tuple<Tensor, Tensor, Tensor>;
 
-// Calls run(block, first sample, end) for blocks of samples of about kIdsPerThread ids.
-template <typename Run>
-void each_block(const Batch& batch, int64_t num_ids, const Run& run) {
+// Samples that have about kIdsPerThread ids.
+int64_t samples_per_block(const Batch& batch, int64_t num_ids) {
   const int64_t per_sample = 1 + num_ids / std::max<int64_t>(1, batch.batch_size);
-  const int64_t samples = std::max<int64_t>(1, kIdsPerThread / per_sample);
-  const int64_t num_blocks = (batch.batch_size + samples - 1) / samples;
-  torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      run(block, block * samples, std::min(batch.batch_size, (block + 1) * samples));
-    }
-  });
+  return std::max<int64_t>(1, kIdsPerThread / per_sample);
 }
 
 // Calls run(id, bits of the block, place in it) for the ids [begin, end) of a feature, in order.
@@ -141,8 +135,10 @@ Rows bloom_rows_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& tabl
   const Batch batch(ids, offsets, tables);
   const BloomEncoder encoder(first_shard, shards_held, rows_per_shard, num_hashes, kTokenPairs);
   const int64_t num_bags = offsets.numel() - 1;
-  std::vector<int64_t> first(batch.batch_size + 1, 0);  // where each block's rows begin
-  each_block(batch, ids.numel(), [&](int64_t block, int64_t begin, int64_t end) {
+  const int64_t samples = samples_per_block(batch, ids.numel());
+  // Where each block's rows begin.
+  std::vector<int64_t> first(num_blocks(batch.batch_size, samples) + 1, 0);
+  each_block(batch.batch_size, samples, [&](int64_t block, int64_t begin, int64_t end) {
     first[block + 1] = count_rows(batch, encoder, begin, end);
   });
   std::partial_sum(first.begin(), first.end(), first.begin());
@@ -152,7 +148,7 @@ Rows bloom_rows_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& tabl
   const RowsOutput out{rows.mutable_data_ptr<int64_t>(), out_offsets.mutable_data_ptr<int64_t>(),
                        source.mutable_data_ptr<int32_t>()};
   out.offsets[num_bags] = first.back();
-  each_block(batch, ids.numel(), [&](int64_t block, int64_t begin, int64_t end) {
+  each_block(batch.batch_size, samples, [&](int64_t block, int64_t begin, int64_t end) {
     write_rows(batch, encoder, begin, end, first[block], out);
   });
   return {rows, out_offsets, source};

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/blocks.h"
 #include "cpu/offsets.h"
 #include "cpu/tensors.h"
 #include "sketch_tensors.h"
@@ -74,21 +75,15 @@ Rows add_second_rows_cpu(const Tensor& rows, const Tensor& offsets, const Tensor
                      with_source ? source.const_data_ptr<int32_t>() : nullptr,
                      second.const_data_ptr<int32_t>(), hot_offset};
   check_offsets(in.offsets, num_bags + 1, rows.numel());
-  const int64_t num_blocks = (num_bags + kBags - 1) / kBags;
-  std::vector<int64_t> first(num_blocks + 1, 0);  // where each block's rows begin
-  const auto each_block = [&](const auto& run) {
-    torch::stable::parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        run(block, block * kBags, std::min(num_bags, (block + 1) * kBags));
-      }
-    });
-  };
-  each_block(
-      [&](int64_t block, int64_t begin, int64_t end) { first[block + 1] = in.count(begin, end); });
+  std::vector<int64_t> first(num_blocks(num_bags, kBags) + 1, 0);  // where each block's rows begin
+  each_block(num_bags, kBags, [&](int64_t block, int64_t begin, int64_t end) {
+    first[block + 1] = in.count(begin, end);
+  });
   std::partial_sum(first.begin(), first.end(), first.begin());
-  TwoRowsOutput out(first[num_blocks], num_bags, with_source);
-  each_block(
-      [&](int64_t block, int64_t begin, int64_t end) { in.write(begin, end, first[block], out); });
+  TwoRowsOutput out(first.back(), num_bags, with_source);
+  each_block(num_bags, kBags, [&](int64_t block, int64_t begin, int64_t end) {
+    in.write(begin, end, first[block], out);
+  });
   return {out.rows, out.offsets, out.source};
 }
 

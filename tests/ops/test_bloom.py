@@ -137,7 +137,9 @@ def test_ids_collide_as_often_as_chance_says(num_hashes, per_shard):
     # Every row is hit equally often, and an id misses a bit with the chance that two hashes meet.
     hits = torch.bincount(found.rows, minlength=per_shard).double()
     distinct = per_shard * (1 - (1 - 1 / per_shard) ** num_hashes)
-    assert abs(len(found.rows) / count - distinct) < 5 * math.sqrt(num_hashes**2 / count)
+    missing = num_hashes * count - len(found.rows)
+    met = count * (num_hashes - distinct)
+    assert abs(missing - met) < 6 * math.sqrt(met + 1)
     expected = count * distinct / per_shard
     chi_square = ((hits - expected) ** 2 / expected).sum()
     assert abs(chi_square - per_shard) < 6 * math.sqrt(2 * per_shard)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape, item_bytes
@@ -58,6 +58,18 @@ def check_whole_fraction(whole_fraction: float) -> None:
     """Raise a ``ValueError`` unless a share is in [0, 1)."""
     if not 0 <= whole_fraction < 1:
         raise ValueError(f"whole_fraction must be in [0, 1), got {whole_fraction}")
+
+
+def check_arguments(kind: TableKind, checks: Mapping[str, tuple[str, bool]]) -> None:
+    """Raise a ``ValueError`` for the first argument of a kind that is out of range.
+
+    Args:
+        kind: the kind.
+        checks: by argument, what it must be and whether it is.
+    """
+    for name, (wanted, holds) in checks.items():
+        if not holds:
+            raise ValueError(f"{name} must be {wanted}, got {getattr(kind, name)!r}")
 
 
 def smallest(tables: Sequence[TableShape], available: int) -> set[str]:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from torchrec_cafe.config.budget import (
     TableKind,
     budget_of,
+    check_arguments,
     check_compression,
     check_whole_fraction,
     rows_alone,
@@ -117,9 +118,7 @@ class Cafe(TableKind):
                 self.num_shards is None or 1 <= self.num_shards <= 65536,
             ),
         }
-        for name, (wanted, holds) in checks.items():
-            if not holds:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        check_arguments(self, checks)
 
     def growth(self, bags_per_hot_row: float) -> float:
         """Factor by which an occurrence counts more than one so many bags per hot row before.

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from torchrec_cafe.config.budget import TableKind, budget_of, check_compression, too_small
+from torchrec_cafe.config.budget import (
+    TableKind,
+    budget_of,
+    check_arguments,
+    check_compression,
+    too_small,
+)
 from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape
 
 #: Most hash functions of an encoding.
@@ -78,9 +84,7 @@ class MemRec(TableKind):
                 self.num_shards is None or 1 <= self.num_shards <= 65536,
             ),
         }
-        for name, (wanted, holds) in checks.items():
-            if not holds:
-                raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        check_arguments(self, checks)
 
     def allocate(self, tables: Sequence[TableShape]) -> Allocation:
         """Token rows and weights of a group.

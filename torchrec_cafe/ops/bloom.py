@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
 from torchrec_cafe.ops.pool_rows import Lookups
-from torchrec_cafe.ops.row_map import TABLE_COLUMNS
+from torchrec_cafe.ops.row_map import check_bags
 
 #: Weights that share a row of FBGEMM.
 WEIGHTS_PER_ROW = 4
@@ -251,19 +251,10 @@ def _explained(
     try:
         yield
     except RuntimeError as error:
-        check_tensor(op, "ids", ids, torch.int64, (None,))
-        check_tensor(op, "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
-        check_tensor(op, "offsets", offsets, torch.int64, (None,))
+        check_bags(op, ids, offsets, tables, **floats)
         for name, tensor in floats.items():
             shape = tuple(ids.shape) if name == "per_sample_weights" else (None, None)
             check_tensor(op, name, tensor, torch.float32, shape)
-        check_same_device(op, ids=ids, offsets=offsets, tables=tables, **floats)
-        features = tables.shape[0]
-        if features == 0 or offsets.numel() == 0 or (offsets.numel() - 1) % features:
-            raise ValueError(
-                f"{op}: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
-                f"for {features} features"
-            ) from None
         raise value_error(op, error) from None
 
 

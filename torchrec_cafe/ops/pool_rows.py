@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
-from torchrec_cafe.ops.row_map import TABLE_COLUMNS, PoolRows, Remapped
+from torchrec_cafe.ops.row_map import TABLE_COLUMNS, PoolRows, Remapped, check_bags
 
 
 class Lookups(NamedTuple):
@@ -174,18 +174,8 @@ def quotient_remainder(ids: Tensor, offsets: Tensor, tables: Tensor) -> Lookups:
             torch.ops.torchrec_cafe.quotient_remainder.default(ids, offsets, tables)
         )
     except RuntimeError as error:
-        op = "quotient_remainder"
-        check_tensor(op, "ids", ids, torch.int64, (None,))
-        check_tensor(op, "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
-        check_tensor(op, "offsets", offsets, torch.int64, (None,))
-        check_same_device(op, ids=ids, offsets=offsets, tables=tables)
-        features = tables.shape[0]
-        if features == 0 or offsets.numel() == 0 or (offsets.numel() - 1) % features:
-            raise ValueError(
-                f"{op}: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
-                f"for {features} features"
-            ) from None
-        raise value_error(op, error) from None
+        check_bags("quotient_remainder", ids, offsets, tables)
+        raise value_error("quotient_remainder", error) from None
 
 
 @torch.library.register_fake("torchrec_cafe::move_rows")

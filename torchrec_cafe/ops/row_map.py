@@ -201,20 +201,32 @@ def remap(
             )
         )
     except RuntimeError as error:
-        _explain_remap(ids, offsets, tables, hot)
+        check_bags("remap", ids, offsets, tables, buckets=hot.buckets)
         raise value_error("remap", error) from None
 
 
-def _explain_remap(ids: Tensor, offsets: Tensor, tables: Tensor, hot: HotRows) -> None:
-    """Name the argument that remap has refused."""
-    check_tensor("remap", "ids", ids, torch.int64, (None,))
-    check_tensor("remap", "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
-    check_tensor("remap", "offsets", offsets, torch.int64, (None,))
-    check_same_device("remap", ids=ids, offsets=offsets, tables=tables, buckets=hot.buckets)
+def check_bags(op: str, ids: Tensor, offsets: Tensor, tables: Tensor, **others: Tensor) -> None:
+    """Check the bags of a group of tables.
+
+    Args:
+        op: operator, for the message.
+        ids: as :func:`remap` takes them.
+        offsets: as :func:`remap` takes them.
+        tables: as :func:`remap` takes them.
+        others: further arguments that must be on their device.
+
+    Raises:
+        TypeError: if a dtype is not the one that :func:`remap` names.
+        ValueError: if a shape is not, or the devices differ.
+    """
+    check_tensor(op, "ids", ids, torch.int64, (None,))
+    check_tensor(op, "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
+    check_tensor(op, "offsets", offsets, torch.int64, (None,))
+    check_same_device(op, ids=ids, offsets=offsets, tables=tables, **others)
     features = tables.shape[0]
     if features == 0 or offsets.numel() == 0 or (offsets.numel() - 1) % features:
         raise ValueError(
-            f"remap: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
+            f"{op}: `offsets` must have features * batch + 1 elements, got {offsets.numel()} "
             f"for {features} features"
         )
 
