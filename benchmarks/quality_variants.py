@@ -186,6 +186,9 @@ VARIANTS = {
     "mem_rec_two_rows": Variant(
         text="MEM-REC, two rows and four weights an id", kind="mem_rec", mem_rec=("num_hashes=2",)
     ),
+    "mem_rec_sample": Variant(
+        text="MEM-REC, one vector a sample", kind="mem_rec", mem_rec=("per=sample",)
+    ),
     "oracle": Variant(
         text="frequency oracle of the same bytes: Cafe's division of the budget, the bytes of "
         "hot rows, sketch and maps all given to the ids most frequent in the training split",

@@ -191,6 +191,14 @@ inline void check_weights_per_shard(int64_t weights_per_shard) {
                   "`weights` must have a multiple of 4 columns, got ", weights_per_shard);
 }
 
+inline void check_bloom_union(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
+                              int64_t shards_held, int64_t bits_per_shard, int64_t num_hashes,
+                              int64_t first_pair) {
+  check_bloom(ids, offsets, tables, shards_held, bits_per_shard, num_hashes);
+  STD_TORCH_CHECK(first_pair == kTokenPairs || first_pair == kWeightPairs,
+                  "`first_pair` must be that of token rows or of weights, got ", first_pair);
+}
+
 inline void check_bloom_weights(const Tensor& weights, const Tensor& ids, const Tensor& offsets,
                                 const Tensor& tables, int64_t num_hashes) {
   check_tensor(weights, "weights", ScalarType::Float, 2);

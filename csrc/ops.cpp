@@ -36,6 +36,9 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       "bloom_rows(Tensor ids, Tensor offsets, Tensor tables, int first_shard, int shards_held,"
       " int rows_per_shard, int num_hashes) -> (Tensor rows, Tensor offsets, Tensor source)");
   m.def(
+      "bloom_union(Tensor ids, Tensor offsets, Tensor tables, int first_shard, int shards_held,"
+      " int bits_per_shard, int num_hashes, int first_pair) -> (Tensor bits, Tensor offsets)");
+  m.def(
       "bloom_pool(Tensor rows, Tensor weights, Tensor ids, Tensor offsets, Tensor tables,"
       " Tensor per_sample_weights, int first_shard, int num_hashes, int num_weight_hashes)"
       " -> Tensor");

@@ -174,6 +174,7 @@ def test_kinds_are_values():
             "num_token_rows must be at least num_shards, 8, got 7",
         ),
         (tc.MemRec, {"compression": 2, "num_hashes": 0}, r"num_hashes must be in \[1, 16\], got 0"),
+        (tc.MemRec, {"compression": 2, "per": "bag"}, r"per must be one of \('token', 'sample'\)"),
         (tc.MemRec, {"compression": 2, "num_weight_hashes": 17}, r"in \[1, 16\], got 17"),
         (tc.QuotientRemainder, {"compression": 0}, "compression must be a finite number >= 1"),
     ],

@@ -144,10 +144,12 @@ def _learn(kind: str, weighted: bool) -> dict[str, Tensor]:
     models.set_weights(model)
     world_size, rank = dist.get_world_size(), dist.get_rank()
     batch_size = 48 // world_size
+    # Rows and factors that pull at each other would grow without bound.
+    strength = 0.001 if kind == "mem_rec_sample" else 0.25
     batches = models.batches(30, batch_size, CAFE_SIZES, weighted=weighted)
     for step, batch in enumerate(batches):
         samples = torch.arange(rank * batch_size, (rank + 1) * batch_size)
-        pull = (1 + (samples * 7 + step) % 5).float()[:, None] / 4
+        pull = (1 + (samples * 7 + step) % 5).float()[:, None] * strength
         # TorchRec divides the gradient of model-parallel tables by the number of ranks.
         (model(batch).values() * pull * world_size).sum().backward()
     return models.local_state(model)
@@ -164,6 +166,7 @@ def _learn(kind: str, weighted: bool) -> dict[str, Tensor]:
         ("quotient_remainder", 2, True),
         ("mem_rec", 2, False),
         ("mem_rec", 3, True),
+        ("mem_rec_sample", 3, False),
     ],
 )
 def test_any_number_of_ranks_learns_the_same(
@@ -171,7 +174,7 @@ def test_any_number_of_ranks_learns_the_same(
 ):
     (alone,) = run_ranks(1, tmp_path / "alone", _learn, kind, weighted)
     parts = run_ranks(world_size, tmp_path / "parts", _learn, kind, weighted)
-    if kind not in ("quotient_remainder", "mem_rec"):
+    if any("sketch" in name for name in alone):
         assert (alone["embedding_bags.cafe_pool_0.sketch_owners"] >= 0).any()
         keys = alone["embedding_bags.cafe_pool_0.sketch_buckets"].view(torch.int32)[..., 12:]
         assert (keys == MEDIUM).any() == (kind == "multi_level")
@@ -195,7 +198,7 @@ def _twice(kind: str) -> bool:
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("kind", ["cafe", "multi_level", "mem_rec"])
+@pytest.mark.parametrize("kind", ["cafe", "multi_level", "mem_rec", "mem_rec_sample"])
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path, kind: str):
     assert run_ranks(2, tmp_path, _twice, kind) == [True, True]
 
@@ -264,6 +267,7 @@ def _load(folder: str, kind: str) -> dict[str, Tensor]:
         ("quotient_remainder", 1),
         ("mem_rec", 1),
         ("mem_rec", 3),
+        ("mem_rec_sample", 3),
     ],
 )
 def test_checkpoint_loads_on_another_number_of_ranks(tmp_path: Path, kind: str, world_size: int):

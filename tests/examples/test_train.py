@@ -152,7 +152,12 @@ def test_flags_are_the_fields_of_the_config():
 
 def test_arguments_of_cafe_reach_the_tables():
     config = parse_args(
-        ["--cafe", "half_life=200,threshold=none,rebalance_interval=4", "--mem_rec", "num_hashes=2"]
+        [
+            "--cafe",
+            "half_life=200,threshold=none,rebalance_interval=4",
+            "--mem_rec",
+            "num_hashes=2,per=sample",
+        ]
     )
     arguments = {"half_life": 200.0, "threshold": None, "rebalance_interval": 4}
     assert config.cafe_arguments() == arguments
@@ -169,7 +174,7 @@ def test_arguments_of_cafe_reach_the_tables():
     assert kept["full"] is None
     assert kept["cafe"] == tc.Cafe(compression=10, **arguments)
     assert kept["hash_whole"] == tc.Hash(compression=10, whole_fraction=0.25)
-    assert kept["mem_rec"] == tc.MemRec(compression=10, num_hashes=2)
+    assert kept["mem_rec"] == tc.MemRec(compression=10, num_hashes=2, per="sample")
     assert len(set(kept.values())) == len(KINDS)
     assert config.over_arch == (256, 128)
 

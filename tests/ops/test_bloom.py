@@ -111,6 +111,39 @@ def test_pooling_matches_reference(lengths, dim, num_hashes, half, weighted, see
     assert torch.equal(pooled, reference.bloom_pool(rows, weights, *batch, **options))
 
 
+@pytest.mark.parametrize("of", ["rows", "weights"])
+@given(
+    lengths=st.lists(st.integers(0, 4), min_size=3, max_size=30).map(
+        lambda lengths: lengths[: len(lengths) // 3 * 3]
+    ),
+    per_shard=st.one_of(st.integers(1, 40), st.integers(1000, 9000)),
+    num_hashes=st.integers(1, 16),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_unions_match_reference(of, lengths, per_shard, num_hashes, seed):
+    batch = batch_of(lengths, seed)
+    bits = BloomBits(**ALL, per_shard=per_shard, num_hashes=num_hashes)
+    got = ops.bloom_union(*batch, bits, of=of)
+    expected = reference.bloom_union(*batch, bits, of=of)
+    for name in got._fields:
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+
+
+def test_unions_of_many_samples_are_those_of_their_rows():
+    batch = batch_of([2, 0, 5, 1] * 3 * 1000, 0)
+    bits = BloomBits(**ALL, per_shard=200, num_hashes=3)
+    found, rows = ops.bloom_union(*batch, bits, of="rows"), ops.bloom_rows(*batch, bits)
+    sample = (
+        torch.arange(12000).div(3, rounding_mode="floor").repeat_interleave(rows.offsets.diff())
+    )
+    pairs = torch.unique(sample * SHARDS * 200 + rows.rows)  # sorted
+    assert torch.equal(found.bits, pairs % (SHARDS * 200))
+    assert torch.equal(
+        found.offsets.diff(), torch.bincount(pairs // (SHARDS * 200), minlength=4000)
+    )
+
+
 def test_a_rank_finds_the_rows_that_one_rank_would():
     whole = BloomBits(**ALL, per_shard=10, num_hashes=3)
     ids, offsets = torch.arange(1000), torch.arange(1001)
@@ -161,6 +194,7 @@ def test_opcheck():
     operators = torch.ops.torchrec_cafe
     for num_hashes in (1, 3):
         torch.library.opcheck(operators.bloom_rows, (*batch, 0, SHARDS, 5, num_hashes))
+        torch.library.opcheck(operators.bloom_union, (*batch, 0, SHARDS, 5, num_hashes, 8))
     torch.library.opcheck(operators.bloom_weigh, (torch.rand(SHARDS, 8), *batch, 0, 4))
     pooled = torch.rand(SHARDS * 5, 8), torch.rand(SHARDS, 8), *batch, torch.empty(0), 0, 2, 4
     torch.library.opcheck(operators.bloom_pool, pooled)
@@ -185,6 +219,12 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="`ids` must be empty on a rank of no shard"):
         ops.bloom_rows(ids, offsets, tables, none)
     assert len(ops.bloom_rows(ids[:0], 0 * offsets, tables, none).rows) == 0
+    empty = ops.bloom_union(ids[:0], 0 * offsets, tables, none, of="rows")
+    assert (len(empty.bits), empty.offsets.tolist()) == (0, [0, 0, 0])
+    with pytest.raises(ValueError, match="bloom_union: `offsets` must ascend from 0"):
+        ops.bloom_union(ids, offsets.flip(0), tables, bits, of="rows")
+    with pytest.raises(ValueError, match=r"`of` must be one of \('rows', 'weights'\), got 'row'"):
+        ops.bloom_union(ids, offsets, tables, bits, of="row")
     with pytest.raises(TypeError, match="bloom_weigh: `weights` must be torch.float32"):
         ops.bloom_weigh(weights.double(), ids, offsets, tables, bits)
     with pytest.raises(ValueError, match=r"`weights` must have shape \[4, 8\], got \[4, 12\]"):

@@ -162,6 +162,10 @@ def test_bloom_encodings_are_the_same_on_both(num_hashes):
         ops.bloom_rows(*batch, bits), ops.bloom_rows(*on_gpu, bits), strict=True
     ):
         assert torch.equal(expected, got.cpu())
+    for of in ("rows", "weights"):
+        expected, got = (ops.bloom_union(*given, bits, of=of) for given in (batch, on_gpu))
+        assert torch.equal(expected.bits, got.bits.cpu())
+        assert torch.equal(expected.offsets, got.offsets.cpu())
     weights = torch.randn((16, 20), generator=generator)
     factors = ops.bloom_weigh(weights, *batch, bits)
     assert torch.equal(factors, ops.bloom_weigh(weights.cuda(), *on_gpu, bits).cpu())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -13,6 +15,7 @@ from torchrec_cafe.tables import (
     CompressedBags,
     MemRecLayout,
     MemRecRows,
+    MemRecSamples,
     RowRangeTBE,
     TableLayout,
 )
@@ -23,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def make(
-    optimizer: EmbOptimType, precision: SparseType = SparseType.FP32, **options: int
+    optimizer: EmbOptimType, precision: SparseType = SparseType.FP32, **options: Any
 ) -> CompressedBags:
     kind = MemRec(num_token_rows=SHARDS * ROWS, num_shards=SHARDS, **options)
     layout = MemRecLayout(
@@ -56,10 +59,12 @@ def make(
     generator = torch.Generator().manual_seed(0)
     weights = tbe.physical_tensors()[0]
     weights.copy_(torch.randn(weights.shape, generator=generator))
-    bags = CompressedBags(MemRecRows(tables, layout, tbe, fused_params), tbe)
+    lookup = MemRecSamples if kind.per == "sample" else MemRecRows
+    bags = CompressedBags(lookup(tables, layout, tbe, fused_params), tbe)
     assert bags.state is not None
     table = bags.state.state_tensors()["weight_table"]
-    assert (table == 1 / kind.num_weight_hashes).all()
+    tokens = len(SIZES) if kind.per == "sample" else 1
+    assert (table == 1 / (tokens * kind.num_weight_hashes)).all()
     table.copy_(torch.randn(table.shape, generator=generator))
     return bags
 
@@ -205,3 +210,66 @@ def test_empty_batches_train_nothing():
     pooled.sum().backward()
     for tensor, now in zip(before, tensors(bags), strict=True):
         assert torch.equal(tensor, now)
+
+
+def dense_samples(
+    bags: CompressedBags, rows: Tensor, weights: Tensor, batch: tuple[Tensor, Tensor]
+) -> Tensor:
+    """z = alpha * M phi of each sample, by the definitions: ``[B, D]``."""
+    lookup = bags.rows
+    assert isinstance(lookup, MemRecSamples)
+    tables, layout = lookup._tables, lookup._layout
+    phi = reference.bloom_union(*batch, tables, layout.token_bits, of="rows")
+    psi = reference.bloom_union(*batch, tables, layout.weight_bits, of="weights")
+    vectors = []
+    for sample in range(6):
+        of_rows = phi.bits[phi.offsets[sample] : phi.offsets[sample + 1]]
+        of_weights = psi.bits[psi.offsets[sample] : psi.offsets[sample + 1]]
+        vectors.append(weights.view(-1)[of_weights].sum() * rows[of_rows].sum(0))
+    return torch.stack(vectors)
+
+
+def vectors(bags: CompressedBags, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """What becomes of rows and factors once all ranks' are added."""
+    rows, factors = bags(*batch).split([DIM, 1], 1)
+    return factors * rows
+
+
+@pytest.mark.parametrize(("num_hashes", "num_weight_hashes"), [(1, 4), (3, 2)])
+def test_vectors_of_samples_are_those_of_the_dense_model(num_hashes: int, num_weight_hashes: int):
+    bags = make(
+        EmbOptimType.EXACT_ADAGRAD,
+        per="sample",
+        num_hashes=num_hashes,
+        num_weight_hashes=num_weight_hashes,
+    )
+    rows, weights = (tensor.double().requires_grad_() for tensor in tensors(bags))
+    optimizer = torch.optim.Adagrad([rows, weights], lr=0.5, eps=1e-8)
+    for seed in range(6):
+        batch = draw(seed)
+        with torch.no_grad():
+            quiet = vectors(bags, batch)
+        expected, got = dense_samples(bags, rows, weights, batch), vectors(bags, batch)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(quiet, got)
+        assert not quiet.requires_grad
+        optimizer.zero_grad()
+        pull = torch.randn(got.shape, generator=torch.Generator().manual_seed(seed))
+        (expected * pull.double()).sum().backward()
+        (got * pull).sum().backward()
+        optimizer.step()
+        for stepped, now in zip((rows, weights), tensors(bags), strict=True):
+            torch.testing.assert_close(now.double(), stepped.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_samples_without_ids_have_no_vector():
+    bags = make(EmbOptimType.EXACT_SGD, per="sample")
+    before = [tensor.clone() for tensor in tensors(bags)]
+    pooled = bags(torch.empty(0, dtype=torch.int64), torch.zeros(13, dtype=torch.int64))
+    assert pooled.shape == (6, DIM + 1)
+    assert not pooled.any()
+    pooled.sum().backward()
+    for tensor, now in zip(before, tensors(bags), strict=True):
+        assert torch.equal(tensor, now)
+    with pytest.raises(ValueError, match="takes no weighted features"):
+        bags(*draw(0), torch.ones(len(draw(0)[0])))

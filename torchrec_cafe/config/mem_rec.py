@@ -17,6 +17,8 @@ from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape
 
 #: Most hash functions of an encoding.
 MAX_HASHES = 16
+#: What has one vector.
+PER = ("token", "sample")
 #: Bytes of a weight: float32 for tables of any dtype.
 WEIGHT_BYTES = 4
 #: Weights that share a row of FBGEMM, and that row's optimizer state.
@@ -44,6 +46,10 @@ class MemRec(TableKind):
         num_hashes: rows of an id, in [1, 16]. The paper: 2 to 4 for small models, 1 or 2 for large.
         num_weight_hashes: weights of an id, in [1, 16]. The paper: 2 to 8 for small models, 2 to 4
             for large.
+        per: ``"token"``: every id has rows and a factor, and a feature pools its ids. ``"sample"``:
+            the ids of all features of a sample that have the kind set bits together, so that the
+            sample has one vector, which every such feature gives; features are neither weighted nor
+            pooled by mean. The paper's equations can be read as either.
         num_shards: virtual shards of both tables, fixed for the life of a checkpoint; at least the
             number of ranks that the tables are ever spread over. The rows of an id lie in one
             shard. ``None``: 64, fewer for small tables.
@@ -53,6 +59,7 @@ class MemRec(TableKind):
     num_token_rows: int | None = None
     num_hashes: int = 1
     num_weight_hashes: int = 4
+    per: str = "token"
     num_shards: int | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +86,7 @@ class MemRec(TableKind):
                 f"in [1, {MAX_HASHES}]",
                 1 <= self.num_weight_hashes <= MAX_HASHES,
             ),
+            "per": (f"one of {PER}", self.per in PER),
             "num_shards": (
                 "in [1, 65536] or None",
                 self.num_shards is None or 1 <= self.num_shards <= 65536,

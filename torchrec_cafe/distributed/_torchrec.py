@@ -27,6 +27,7 @@ from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, Sharded
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.planner.types import ParameterConstraints as TorchRecConstraints
 from torchrec.distributed.sharding.rw_sharding import (
+    RwPooledEmbeddingDist,
     RwPooledEmbeddingSharding,
     RwSparseFeaturesDist,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "EmbeddingShardingInfo",
     "GroupedEmbeddingConfig",
     "GroupedPooledEmbeddingsLookup",
+    "RwPooledEmbeddingDist",
     "RwPooledEmbeddingSharding",
     "RwSparseFeaturesDist",
     "ShardedEmbeddingBagCollection",

@@ -32,6 +32,7 @@ from torchrec_cafe.tables import (
     CompressedBags,
     MemRecLayout,
     MemRecRows,
+    MemRecSamples,
     PoolLayout,
     QuotientRemainderRows,
     RowLookup,
@@ -98,7 +99,8 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
                 )
                 for table in self._table_layouts()
             ]
-            return MemRecRows(tables, layout, self._emb_module, fused_params)
+            lookup = MemRecSamples if self.group.kind.per == "sample" else MemRecRows
+            return lookup(tables, layout, self._emb_module, fused_params)
         if isinstance(self.group.kind, QuotientRemainder):
             return QuotientRemainderRows(self._table_layouts(), device)
         return SharedRows(self._table_layouts(), self._pool_layout(), device)

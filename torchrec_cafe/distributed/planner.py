@@ -20,10 +20,10 @@ from torchrec.distributed.types import (
     ShardingPlan,
     ShardingType,
 )
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_cafe.config import TableKind, TableShape, item_bytes
+from torchrec_cafe.config import MemRec, TableKind, TableShape, item_bytes
 from torchrec_cafe.distributed._torchrec import TorchRecConstraints
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
 from torchrec_cafe.distributed.optimizers import check_optimizer
@@ -207,6 +207,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         for config in collection.embedding_bag_configs():
             kind = self._kinds.get(config.name)
             if kind is not None:
+                _check_pooling(config, kind, is_weighted=collection.is_weighted())
                 key = (kind, config.embedding_dim, config.data_type, config.pooling)
                 members.setdefault(key, []).append(config)
         result: dict[str, CompressedGroup] = {}
@@ -282,6 +283,17 @@ def _check_constraint(name: str, constraint: ParameterConstraints) -> None:
         raise ValueError(
             f"table {name!r}: the compute kernel of a compressed table is its own, got "
             f"compute_kernels={kernels}; leave compute_kernels out"
+        )
+
+
+def _check_pooling(config: EmbeddingBagConfig, kind: TableKind, *, is_weighted: bool) -> None:
+    if not isinstance(kind, MemRec) or kind.per == "token":
+        return
+    if is_weighted or config.pooling is not PoolingType.SUM:
+        got = "weighted features" if is_weighted else f"pooling={config.pooling}"
+        raise ValueError(
+            f"table {config.name!r}: MemRec(per='sample') must have unweighted features pooled by "
+            f"SUM, got {got}; use MemRec(per='token')"
         )
 
 

@@ -8,13 +8,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
-from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup, BaseSparseFeaturesDist
-from torchrec.distributed.types import Awaitable, ShardingType
+from torchrec.distributed.embedding_sharding import (
+    BaseEmbeddingDist,
+    BaseEmbeddingLookup,
+    BaseSparseFeaturesDist,
+    EmbeddingShardingContext,
+)
+from torchrec.distributed.types import Awaitable, QuantizedCommCodecs, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_cafe.distributed._torchrec import (
     GroupedEmbeddingConfig,
     GroupedPooledEmbeddingsLookup,
+    RwPooledEmbeddingDist,
     RwPooledEmbeddingSharding,
     RwSparseFeaturesDist,
     set_row_boundaries,
@@ -122,6 +128,49 @@ class CompressedRwSparseFeaturesDist(RwSparseFeaturesDist):
                 )
 
 
+class CompressedRwPooledEmbeddingDist(RwPooledEmbeddingDist):
+    """Adds up what the ranks have looked up, and makes vectors of features of it.
+
+    Args:
+        pg: process group of the sharding.
+        groups: the groups of the lookup, in order, each with its number of features and its dim.
+        qcomm_codecs_registry: as TorchRec's.
+    """
+
+    def __init__(
+        self,
+        pg: dist.ProcessGroup,
+        groups: list[tuple[CompressedGroup, int, int]],
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+    ) -> None:
+        """Note the columns of each group; see the class."""
+        dims = [dim for _, num_features, dim in groups for _ in range(num_features)]
+        super().__init__(pg, dims, qcomm_codecs_registry)
+        self._groups = groups
+
+    def forward(
+        self, local_embs: torch.Tensor, sharding_ctx: EmbeddingShardingContext | None = None
+    ) -> Awaitable[torch.Tensor]:
+        """Reduce and scatter; see the class."""
+        awaitable = super().forward(local_embs, sharding_ctx)
+        if any(group.is_per_sample for group, _, _ in self._groups):
+            awaitable.callbacks.append(self._vectors)
+        return awaitable
+
+    def _vectors(self, summed: torch.Tensor) -> torch.Tensor:
+        """Turn token rows and factor of a sample, ``D + 1`` columns, into ``F`` times ``D``."""
+        widths = [
+            dim + 1 if group.is_per_sample else num_features * dim
+            for group, num_features, dim in self._groups
+        ]
+        parts = list(summed.split(widths, 1))
+        for number, (group, num_features, dim) in enumerate(self._groups):
+            if group.is_per_sample:
+                rows, factor = parts[number].split([dim, 1], 1)
+                parts[number] = (factor * rows).repeat(1, num_features)
+        return torch.cat(parts, 1)
+
+
 class CompressedGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
     """TorchRec's lookup with our kernel for compressed groups."""
 
@@ -174,3 +223,15 @@ class CompressedRwPooledEmbeddingSharding(RwPooledEmbeddingSharding):
             sharding_type=ShardingType.ROW_WISE,
             env=self._env,
         )
+
+    def create_output_dist(
+        self, device: torch.device | None = None
+    ) -> BaseEmbeddingDist[EmbeddingShardingContext, torch.Tensor, torch.Tensor]:
+        """Output dist that knows vectors of samples."""
+        assert self._pg is not None
+        groups = [
+            (config.fused_params[GROUP_PARAM], config.num_features(), config.embedding_dims()[0])
+            for config in self._grouped_embedding_configs
+            if config.fused_params is not None
+        ]
+        return CompressedRwPooledEmbeddingDist(self._pg, groups, self.qcomm_codecs_registry)

@@ -8,7 +8,7 @@ from typing import Any
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding
 
-from torchrec_cafe.config import Allocation, QuotientRemainder, TableKind
+from torchrec_cafe.config import Allocation, MemRec, QuotientRemainder, TableKind
 from torchrec_cafe.ops import first_mixed_id
 
 #: Key of ``fused_params`` under which a group travels through TorchRec to the kernel.
@@ -116,6 +116,11 @@ class CompressedGroup:
     def has_pool(self) -> bool:
         """Whether rows are shared by all tables of the group."""
         return self.num_shards > 0
+
+    @property
+    def is_per_sample(self) -> bool:
+        """Whether a sample has one vector, which all features give."""
+        return isinstance(self.kind, MemRec) and self.kind.per == "sample"
 
     @property
     def pool_rows_per_shard(self) -> int:

@@ -5,12 +5,12 @@ Each function checks its arguments, then calls the operator of the same name in
 """
 
 from torchrec_cafe.ops.bloom import (
+    BitsOfSamples,
     BloomBits,
-    bloom_pool,
     bloom_rows,
-    bloom_weigh,
-    bloom_weigh_backward,
+    bloom_union,
 )
+from torchrec_cafe.ops.bloom_weights import bloom_pool, bloom_weigh, bloom_weigh_backward
 from torchrec_cafe.ops.hot_sketch import (
     ACTION_ADD,
     ACTION_CLEAR,
@@ -58,6 +58,7 @@ __all__ = [
     "SLOTS",
     "TABLE_COLUMNS",
     "WEAR",
+    "BitsOfSamples",
     "BloomBits",
     "HotRows",
     "Lookups",
@@ -68,6 +69,7 @@ __all__ = [
     "add_second_rows",
     "bloom_pool",
     "bloom_rows",
+    "bloom_union",
     "bloom_weigh",
     "bloom_weigh_backward",
     "first_mixed_id",

@@ -3,7 +3,7 @@
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.compressed import CompressedBags
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
-from torchrec_cafe.tables.mem_rec import MemRecLayout, MemRecRows
+from torchrec_cafe.tables.mem_rec import MemRecLayout, MemRecRows, MemRecSamples
 from torchrec_cafe.tables.rows import QuotientRemainderRows, RowLookup, SharedRows, TableLayout
 from torchrec_cafe.tables.state import ShardedState
 
@@ -12,6 +12,7 @@ __all__ = [
     "HotRowPool",
     "MemRecLayout",
     "MemRecRows",
+    "MemRecSamples",
     "PoolLayout",
     "QuotientRemainderRows",
     "RowLookup",

@@ -47,15 +47,13 @@ class CompressedBags(nn.Module):
             weights: float32 ``[N]``, factor of each id's rows in its bag's sum.
 
         Returns:
-            ``[B, F * D]``; in training mode its gradient feeds the sketch.
+            ``[B, F * D]``, or what :meth:`RowLookup.by_sample` says; in training mode its gradient
+            feeds the sketch.
         """
         self.settle()
-        num_features = self.rows.num_features
-        batch_size = (offsets.numel() - 1) // num_features
         if not torch.is_grad_enabled():
-            pooled = self.rows.infer(ids, offsets, weights, self.tbe)
-            return pooled.view(batch_size, num_features * pooled.shape[1])
-        rows, starts, factors, learn = self.rows(ids, offsets, weights)
+            return self.rows.infer(ids, offsets, weights, self.tbe)
+        rows, starts, factors, learn, scales = self.rows(ids, offsets, weights)
         pooled = self.tbe(
             indices=rows,
             offsets=starts,
@@ -64,7 +62,7 @@ class CompressedBags(nn.Module):
         )
         if learn is not None and pooled.requires_grad:
             pooled.register_hook(torch.no_grad()(learn))
-        return pooled.view(batch_size, num_features * pooled.shape[1])
+        return self.rows.by_sample(pooled, scales)
 
     def _gradient_of(self, factors: Tensor | None) -> Tensor | None:
         """Whether FBGEMM has to compute the gradient of the factors, which it does unasked."""

@@ -5,6 +5,7 @@ Shape legend: N ids, F features, B samples, S virtual shards of the rank, W weig
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from torchrec_cafe.config import MemRec
 from torchrec_cafe.ops import (
+    BitsOfSamples,
     BloomBits,
     bloom_pool,
     bloom_rows,
+    bloom_union,
     bloom_weigh,
     bloom_weigh_backward,
 )
@@ -70,16 +73,18 @@ class MemRecLayout:
 class TokenWeights(ShardedState):
     """The weights of a rank, in a TBE of their own that trains them as the rows are trained.
 
-    A row of that TBE has four of them, which share the state of a row-wise optimizer. They start at
-    ``1 / num_weight_hashes``, so that every id starts with a factor of about one.
+    A row of that TBE has four of them, which share the state of a row-wise optimizer.
 
     Args:
         layout: where the weights lie.
         tables: int64 ``[F, 5]``, as :func:`torchrec_cafe.ops.bloom_weigh` takes them.
         fused_params: the optimizer's arguments, as of the TBE of the rows.
+        start: what every weight starts at.
     """
 
-    def __init__(self, layout: MemRecLayout, tables: Tensor, fused_params: dict[str, Any]) -> None:
+    def __init__(
+        self, layout: MemRecLayout, tables: Tensor, fused_params: dict[str, Any], start: float
+    ) -> None:
         """Allocate the weights on the device of ``tables``; see the class."""
         self._layout = layout
         self._tables = tables
@@ -92,7 +97,7 @@ class TokenWeights(ShardedState):
             fused_params={k: v for k, v in fused_params.items() if k not in _OTHER_PARAMS},
         )
         with torch.no_grad():
-            self.table.fill_(1 / layout.kind.num_weight_hashes)
+            self.table.fill_(start)
 
     @property
     def first_shard(self) -> int:
@@ -133,12 +138,18 @@ class TokenWeights(ShardedState):
         bits = self._layout.weight_bits
         return bloom_weigh(self.table, ids, offsets, self._tables, bits)
 
+    def of_samples(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, BitsOfSamples]:
+        """The factor of each sample, float32 ``[B]``, and the weights that it is the sum of."""
+        found = bloom_union(ids, offsets, self._tables, self._layout.weight_bits, of="weights")
+        weights = self.table.view(-1).index_select(0, found.bits)
+        return torch.segment_reduce(weights, "sum", offsets=found.offsets, initial=0.0), found
+
     def train(self, rows: Tensor, grads: Tensor, learning_rate: float) -> None:
         """Let the optimizer step on the weights that a batch has hit.
 
         Args:
-            rows: as :func:`torchrec_cafe.ops.bloom_weigh_backward` returns them.
-            grads: as it returns them.
+            rows: int64 ``[U]``, rows of four weights, which may repeat.
+            grads: float32 ``[U, 4]``, their gradients.
             learning_rate: of this step.
         """
         if self.tbe.get_learning_rate() != learning_rate:
@@ -149,9 +160,8 @@ class TokenWeights(ShardedState):
         looked_up.backward(grads)
 
 
-@final
-class MemRecRows(RowLookup):
-    """An id has token rows and a factor; both are shared with ids of all tables.
+class MemRecLookup(RowLookup, ABC):
+    """Token rows and weights that ids of all tables share.
 
     Args:
         tables: the tables, in any order; ``shared_rows`` is the number of virtual shards and
@@ -172,12 +182,20 @@ class MemRecRows(RowLookup):
         super().__init__(tables, tbe.current_device)
         self._layout = layout
         self._tbe = (tbe,)  # hidden from nn.Module: it is a module of the bags
-        self.weights = TokenWeights(layout, self._tables, fused_params)
+        # Factors start at about one, for bags of one id.
+        tokens = self.num_features // self.bags_per_sample
+        start = 1 / (tokens * layout.kind.num_weight_hashes)
+        self.weights = TokenWeights(layout, self._tables, fused_params, start)
 
     @property
     def state(self) -> ShardedState | None:
         """The weights."""
         return self.weights
+
+
+@final
+class MemRecRows(MemRecLookup):
+    """An id has token rows and a factor."""
 
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
         """Find the rows; see the base class."""
@@ -225,5 +243,43 @@ class MemRecRows(RowLookup):
             weight_bits=self._layout.weight_bits,
             per_sample_weights=weights,
         )
-        dtype = SparseType.from_int(tbe.output_dtype).as_dtype()
-        return pooled.view(-1, tbe.max_D).to(dtype)
+        return pooled.to(SparseType.from_int(tbe.output_dtype).as_dtype())
+
+
+@final
+class MemRecSamples(MemRecLookup):
+    """A sample has token rows and a factor: those of the ids of all its features, each once.
+
+    Rows and factor go out side by side, ``[B, D + 1]``: other ranks have other parts of both, and
+    their product is that of the sums.
+    """
+
+    @property
+    def bags_per_sample(self) -> int:
+        """One, of all features."""
+        return 1
+
+    def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
+        """Find the rows; see the base class.
+
+        Raises:
+            ValueError: if ids are weighted: what a bit of several ids weighs is not defined.
+        """
+        if weights is not None:
+            raise ValueError("MemRec(per='sample') takes no weighted features, got weights")
+        found = bloom_union(ids, offsets, self._tables, self._layout.token_bits, of="rows")
+        scales, hit = self.weights.of_samples(ids, offsets)
+        if torch.is_grad_enabled():
+            scales.requires_grad_()
+            scales.register_hook(torch.no_grad()(lambda grad: self._learn(grad, hit)))
+        return BagRows(found.bits, found.offsets, None, scales=scales)
+
+    def _learn(self, grad: Tensor, hit: BitsOfSamples) -> None:
+        """Train the weights: each has the gradient of its samples' factors."""
+        (tbe,) = self._tbe
+        size = len(hit.bits)
+        of_bits = grad.repeat_interleave(hit.offsets.diff(), output_size=size)
+        grads = grad.new_zeros((size, WEIGHTS_PER_ROW), dtype=torch.float32)
+        grads.scatter_(1, (hit.bits % WEIGHTS_PER_ROW).unsqueeze(1), of_bits.float().unsqueeze(1))
+        rows = hit.bits.div(WEIGHTS_PER_ROW, rounding_mode="floor")
+        self.weights.train(rows, grads, tbe.get_learning_rate())

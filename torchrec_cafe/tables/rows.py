@@ -56,16 +56,18 @@ class BagRows(NamedTuple):
 
     Attributes:
         rows: int64 ``[M]``, physical rows.
-        offsets: int64 ``[B * F + 1]``, where each bag starts in ``rows``.
+        offsets: int64 ``[B * bags_per_sample + 1]``, where each bag starts in ``rows``.
         factors: float32 ``[M]``, what each row is multiplied by; ``None``: all one.
-        learn: called in backward with the gradient of the pooled bags, ``[B * F, D]``, before the
-            rows are updated; ``None``: nothing is learned from it.
+        learn: called in backward with the gradient of the pooled bags, before the rows are updated;
+            ``None``: nothing is learned from it.
+        scales: float32 ``[B]``, goes out as one more column of each sample; ``None``: none does.
     """
 
     rows: Tensor
     offsets: Tensor
     factors: Tensor | None
     learn: Callable[[Tensor], None] | None = None
+    scales: Tensor | None = None
 
 
 class RowLookup(nn.Module, ABC):
@@ -105,9 +107,30 @@ class RowLookup(nn.Module, ABC):
         return self._tables.shape[0]
 
     @property
+    def bags_per_sample(self) -> int:
+        """Bags of a sample: one a feature, unless features are pooled together."""
+        return self.num_features
+
+    @property
     def state(self) -> ShardedState | None:
         """What it keeps besides the rows."""
         return None
+
+    def by_sample(self, pooled: Tensor, scales: Tensor | None) -> Tensor:
+        """What a sample looks up, side by side.
+
+        Args:
+            pooled: ``[B * bags_per_sample, D]``.
+            scales: of :class:`BagRows`.
+
+        Returns:
+            ``[B, bags_per_sample * D]``, with the scales as one more column.
+        """
+        bags = self.bags_per_sample
+        samples = pooled.view(pooled.shape[0] // bags, bags * pooled.shape[1])
+        if scales is None:
+            return samples
+        return torch.cat([samples, scales.to(samples.dtype).unsqueeze(1)], 1)
 
     @abstractmethod
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
@@ -131,10 +154,11 @@ class RowLookup(nn.Module, ABC):
             tbe: holds the rows.
 
         Returns:
-            ``[B * F, D]``, in the TBE's output dtype.
+            As :meth:`by_sample`, in the TBE's output dtype.
         """
         found = self(ids, offsets, weights)
-        return tbe(indices=found.rows, offsets=found.offsets, per_sample_weights=found.factors)
+        pooled = tbe(indices=found.rows, offsets=found.offsets, per_sample_weights=found.factors)
+        return self.by_sample(pooled, found.scales)
 
 
 @final

@@ -27,6 +27,7 @@ from torchrec_cafe.ops.reference.mem_rec import (
     bloom_bits,
     bloom_pool,
     bloom_rows,
+    bloom_union,
     bloom_weigh,
     bloom_weigh_backward,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "bloom_bits",
     "bloom_pool",
     "bloom_rows",
+    "bloom_union",
     "bloom_weigh",
     "bloom_weigh_backward",
     "bucket_of",

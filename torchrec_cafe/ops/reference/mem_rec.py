@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW, BloomBits
+from torchrec_cafe.ops.bloom import FIRST_PAIR, WEIGHTS_PER_ROW, BitsOfSamples, BloomBits
 from torchrec_cafe.ops.pool_rows import Lookups
 from torchrec_cafe.ops.reference.cafe import hash64
 
-TOKEN_PAIRS, WEIGHT_PAIRS = 0, 8
+TOKEN_PAIRS, WEIGHT_PAIRS = FIRST_PAIR["rows"], FIRST_PAIR["weights"]
 
 
 def bloom_bits(id_: int, table: list[int], bits: BloomBits, first_pair: int) -> list[int]:
@@ -54,6 +56,26 @@ def bloom_rows(ids: Tensor, offsets: Tensor, tables: Tensor, bits: BloomBits) ->
         torch.tensor(out_offsets, dtype=torch.int64),
         torch.tensor(source, dtype=torch.int32),
     )
+
+
+def bloom_union(
+    ids: Tensor,
+    offsets: Tensor,
+    tables: Tensor,
+    bits: BloomBits,
+    *,
+    of: Literal["rows", "weights"],
+) -> BitsOfSamples:
+    """See :func:`torchrec_cafe.ops.bloom_union`."""
+    batch_size = (offsets.numel() - 1) // len(tables)
+    of_sample: list[set[int]] = [set() for _ in range(batch_size)]
+    for bag in range(offsets.numel() - 1):
+        table = tables[bag // batch_size].tolist()
+        for i in range(int(offsets[bag]), int(offsets[bag + 1])):
+            of_sample[bag % batch_size].update(bloom_bits(int(ids[i]), table, bits, FIRST_PAIR[of]))
+    ends = torch.tensor([0, *map(len, of_sample)], dtype=torch.int64).cumsum(0)
+    found = [bit for sample in of_sample for bit in sorted(sample)]
+    return BitsOfSamples(torch.tensor(found, dtype=torch.int64), ends)
 
 
 def bloom_weigh(
