@@ -12,6 +12,7 @@ from torchrec.distributed.sharding.rw_sharding import (
     RwPooledEmbeddingSharding,
     RwSparseFeaturesDist,
 )
+from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 
 from torchrec_cafe.distributed import _torchrec
 from torchrec_cafe.tables import RowRangeTBE
@@ -29,6 +30,8 @@ def test_every_name_is_exported():
 def test_attributes_that_we_read_or_set():
     assert "self._lookups" in source(ShardedEmbeddingBagCollection)
     assert "self._embedding_bag_configs" in source(ShardedEmbeddingBagCollection.input_dist)
+    assert "self._pooling_type_to_rs_features" in source(ShardedEmbeddingBagCollection.input_dist)
+    assert "self._grouped_embedding_configs" in source(TwPooledEmbeddingSharding.create_lookup)
     assert "self._emb_modules" in source(GroupedPooledEmbeddingsLookup.__init__)
     assert "zch_bucketize_row_pos," in source(RwSparseFeaturesDist.forward)
     assert "self._grouped_embedding_configs" in source(RwPooledEmbeddingSharding.create_lookup)

@@ -7,20 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_cafe as tc
-from tests.distributed import models
+from tests.distributed import models, tasks
 from tests.distributed.ranks import run_ranks
-from torchrec_cafe.ops import MEDIUM, reference
+from torchrec_cafe.ops import MEDIUM
 
 
 class Regression(nn.Module):
@@ -138,23 +136,6 @@ def _shapes(*names: str) -> list[Any]:
     ]
 
 
-def _learn(kind: str, weighted: bool) -> dict[str, Tensor]:
-    """Gradients that do not depend on the weights, so that any world sees the same importance."""
-    model = _all_of(kind, EmbOptimType.EXACT_SGD, is_weighted=weighted)
-    models.set_weights(model)
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    batch_size = 48 // world_size
-    # Rows and factors that pull at each other would grow without bound.
-    strength = 0.001 if kind == "mem_rec_sample" else 0.25
-    batches = models.batches(30, batch_size, CAFE_SIZES, weighted=weighted)
-    for step, batch in enumerate(batches):
-        samples = torch.arange(rank * batch_size, (rank + 1) * batch_size)
-        pull = (1 + (samples * 7 + step) % 5).float()[:, None] * strength
-        # TorchRec divides the gradient of model-parallel tables by the number of ranks.
-        (model(batch).values() * pull * world_size).sum().backward()
-    return models.local_state(model)
-
-
 @pytest.mark.parametrize(
     ("kind", "world_size", "weighted"),
     [
@@ -172,8 +153,8 @@ def _learn(kind: str, weighted: bool) -> dict[str, Tensor]:
 def test_any_number_of_ranks_learns_the_same(
     tmp_path: Path, kind: str, world_size: int, weighted: bool
 ):
-    (alone,) = run_ranks(1, tmp_path / "alone", _learn, kind, weighted)
-    parts = run_ranks(world_size, tmp_path / "parts", _learn, kind, weighted)
+    (alone,) = run_ranks(1, tmp_path / "alone", tasks.learn, kind, weighted)
+    parts = run_ranks(world_size, tmp_path / "parts", tasks.learn, kind, weighted)
     if any("sketch" in name for name in alone):
         assert (alone["embedding_bags.cafe_pool_0.sketch_owners"] >= 0).any()
         keys = alone["embedding_bags.cafe_pool_0.sketch_buckets"].view(torch.int32)[..., 12:]
@@ -191,8 +172,8 @@ def _twice(kind: str) -> bool:
     states = []
     for _ in range(2):
         torch.manual_seed(0)
-        model = _all_of(kind, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
-        for batch in models.batches(30, 24, CAFE_SIZES):
+        model = tasks.all_of(kind, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
+        for batch in models.batches(30, 24, tasks.SIZES):
             model(batch).values().pow(2).sum().backward()
         states.append(models.local_state(model))
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -230,34 +211,6 @@ def test_gradient_accumulation_and_autocast(tmp_path: Path):
         assert 0 < statistics["hot_share"] <= 1
 
 
-CAFE_SIZES = {"t_big": 5000, "t_small": 12}
-
-
-def _all_of(kind: str, optimizer: EmbOptimType, **options: Any) -> DistributedModelParallel:
-    """A collection whose tables are all of one kind."""
-    kinds = {name: tc.ParameterConstraints(table=models.KINDS[kind]) for name in CAFE_SIZES}
-    return models.sharded(models.collection(CAFE_SIZES, **options), kinds, optimizer)
-
-
-def _save(folder: str, kind: str) -> dict[str, Tensor]:
-    model = _all_of(kind, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
-    for batch in models.batches(20, 24, CAFE_SIZES):
-        model(batch).values().pow(2).sum().backward()
-    dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
-    return models.local_state(model)
-
-
-def _load(folder: str, kind: str) -> dict[str, Tensor]:
-    model = _all_of(kind, EmbOptimType.EXACT_ROWWISE_ADAGRAD)
-    loaded = {"model": model.state_dict()}
-    dcp.load(loaded, checkpoint_id=folder)
-    model.load_state_dict(loaded["model"])
-    state = models.local_state(model)
-    for batch in models.batches(2, 24, CAFE_SIZES):
-        model(batch).values().sum().backward()
-    return state
-
-
 @pytest.mark.parametrize(
     ("kind", "world_size"),
     [
@@ -272,41 +225,17 @@ def _load(folder: str, kind: str) -> dict[str, Tensor]:
 )
 def test_checkpoint_loads_on_another_number_of_ranks(tmp_path: Path, kind: str, world_size: int):
     folder = str(tmp_path / "checkpoint")
-    saved = run_ranks(2, tmp_path / "save", _save, folder, kind)
-    loaded = run_ranks(world_size, tmp_path / "load", _load, folder, kind)
+    saved = run_ranks(2, tmp_path / "save", tasks.save, folder, kind)
+    loaded = run_ranks(world_size, tmp_path / "load", tasks.load, folder, kind)
     for name in saved[0]:
         before = torch.cat([part[name] for part in saved if name in part])
         after = torch.cat([part[name] for part in loaded if name in part])
         assert torch.equal(before, after), name
 
 
-def _pooled(weighted: bool) -> tuple[Tensor, Tensor]:
-    """Mean pooling of a table in which every id has its row, sharded and not."""
-    sizes = {"t_one": 50, "t_two": 31}
-    keep_all = {name: tc.ParameterConstraints(table=tc.Hash(compression=1)) for name in sizes}
-    options: dict[str, Any] = {"pooling": PoolingType.MEAN, "is_weighted": weighted}
-    if weighted:
-        options["pooling"] = PoolingType.SUM
-    model = models.sharded(models.collection(sizes, **options), keep_all)
-    models.set_weights(model)
-    plain = models.collection(sizes, device="cpu", **options)
-    with torch.no_grad():
-        for name, size in sizes.items():
-            columns = torch.arange(8)
-            rows = torch.tensor([reference.mix_id(id_, size) for id_ in range(size)])
-            length = len(f"embedding_bags.{name}.weight")
-            pattern = torch.sin(rows[:, None] * 1.7 + columns * 0.3 + length)
-            plain.embedding_bags[name].weight.copy_(pattern)
-    sharded, unsharded = [], []
-    for batch in models.batches(3, 16, sizes, weighted=weighted):
-        sharded.append(model(batch).values())
-        unsharded.append(plain(batch).values())
-    return torch.cat(sharded).detach(), torch.cat(unsharded).detach()
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 def test_row_wise_pooling_equals_the_unsharded_module(tmp_path: Path, weighted: bool):
-    for sharded, unsharded in run_ranks(2, tmp_path, _pooled, weighted):
+    for sharded, unsharded in run_ranks(2, tmp_path, tasks.pooled, "row_wise", weighted):
         torch.testing.assert_close(sharded, unsharded)
 
 

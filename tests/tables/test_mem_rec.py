@@ -18,6 +18,7 @@ from torchrec_cafe.tables import (
     MemRecSamples,
     RowRangeTBE,
     TableLayout,
+    sample_vectors,
 )
 
 DIM, SHARDS, ROWS, WEIGHTS = 8, 4, 10, 12
@@ -231,8 +232,9 @@ def dense_samples(
 
 def vectors(bags: CompressedBags, batch: tuple[Tensor, Tensor]) -> Tensor:
     """What becomes of rows and factors once all ranks' are added."""
-    rows, factors = bags(*batch).split([DIM, 1], 1)
-    return factors * rows
+    both = sample_vectors(bags(*batch), 2)
+    assert torch.equal(both[:, :DIM], both[:, DIM:])
+    return both[:, :DIM]
 
 
 @pytest.mark.parametrize(("num_hashes", "num_weight_hashes"), [(1, 4), (3, 2)])

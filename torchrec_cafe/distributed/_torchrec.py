@@ -31,7 +31,11 @@ from torchrec.distributed.sharding.rw_sharding import (
     RwPooledEmbeddingSharding,
     RwSparseFeaturesDist,
 )
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.distributed.sharding.tw_sharding import (
+    TwPooledEmbeddingSharding,
+    TwSparseFeaturesDist,
+)
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim.fused import FusedOptimizer
 
 __all__ = [
@@ -50,9 +54,12 @@ __all__ = [
     "TableBatchedEmbeddingSlice",
     "TensorProperties",
     "TorchRecConstraints",
+    "TwPooledEmbeddingSharding",
+    "TwSparseFeaturesDist",
     "kernels_of",
     "lookups_of",
     "mark_trained_in_backward",
+    "pool_means_once",
     "present_tables",
     "set_row_boundaries",
     "sharded_tensor",
@@ -95,6 +102,22 @@ def present_tables(
 ) -> None:
     """Set the tables that a sharded module validates its input against."""
     module._embedding_bag_configs = configs
+
+
+def pool_means_once(module: ShardedEmbeddingBagCollection) -> None:
+    """Keep the means of tables that are whole on a rank from being divided again.
+
+    Where one table of a module is row-wise and pooled by mean, TorchRec 1.8 divides the sums of all
+    features but those that it knows to be sums, although it pools a whole table by mean itself.
+    """
+    by_pooling = module._pooling_type_to_rs_features
+    divided_later = {feature for features in by_pooling.values() for feature in features}
+    by_pooling[PoolingType.SUM.value] += [
+        feature
+        for config in module._embedding_bag_configs
+        for feature in config.feature_names
+        if feature not in divided_later
+    ]
 
 
 def set_row_boundaries(input_dist: RwSparseFeaturesDist, boundaries: list[Any]) -> None:

@@ -20,13 +20,16 @@ from torchrec_cafe.distributed._torchrec import (
     EmbeddingShardingInfo,
     ShardedEmbeddingBagCollection,
     kernels_of,
+    pool_means_once,
     present_tables,
 )
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
 from torchrec_cafe.distributed.row_wise import CompressedRwPooledEmbeddingSharding
 from torchrec_cafe.distributed.sharded_state import load_state, sharded_state
+from torchrec_cafe.distributed.table_wise import CompressedTwPooledEmbeddingSharding
 from torchrec_cafe.distributed.types import (
     GROUP_PARAM,
+    SHARDING_TYPES,
     CompressedGroup,
     CompressedParameterSharding,
 )
@@ -34,6 +37,11 @@ from torchrec_cafe.distributed.types import (
 # Key under which the compressed tables of a sharding type are kept apart from TorchRec's own, so
 # that those keep TorchRec's input dist, lookup and kernels.
 _COMPRESSED = "compressed_"
+
+_SHARDINGS: dict[str, Any] = {
+    ShardingType.ROW_WISE.value: CompressedRwPooledEmbeddingSharding,
+    ShardingType.TABLE_WISE.value: CompressedTwPooledEmbeddingSharding,
+}
 
 
 def _pool_config(group: CompressedGroup, like: EmbeddingBagConfig) -> EmbeddingBagConfig:
@@ -173,6 +181,7 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         super().__init__(module, module.plan, env, **options)
         # Ids are those of the uncompressed tables.
         present_tables(self, module.logical_configs)
+        pool_means_once(self)
         self._register_state_dict_hook(_add_state)
         self._register_load_state_dict_pre_hook(_take_state, with_module=True)
 
@@ -210,7 +219,7 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if GROUP_PARAM not in (sharding_infos[0].fused_params or {}):
             return super().create_embedding_bag_sharding(sharding_infos, env, *args, **kwargs)
         device = args[0] if args else kwargs.get("device")
-        return CompressedRwPooledEmbeddingSharding(
+        return _SHARDINGS[sharding_infos[0].param_sharding.sharding_type](
             sharding_infos,
             env,
             device,
@@ -308,10 +317,10 @@ class EmbeddingBagCollectionSharder(TorchRecSharder):
         if not compressed:
             return super().shard(module, params, env, device, module_fqn)
         for name, sharding in compressed.items():
-            if sharding.sharding_type != ShardingType.ROW_WISE.value:
+            if sharding.sharding_type not in SHARDING_TYPES:
                 raise ValueError(
-                    f"table {name!r}: a compressed table must be sharded 'row_wise', got "
-                    f"{sharding.sharding_type!r}"
+                    f"table {name!r}: a compressed table must be sharded "
+                    f"{' or '.join(SHARDING_TYPES)}, got {sharding.sharding_type!r}"
                 )
         return ShardedCompressedEmbeddingBagCollection(
             PhysicalEmbeddingBagCollection(module, params),

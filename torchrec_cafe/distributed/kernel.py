@@ -13,7 +13,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor, nn
 from torchrec.distributed.types import ShardingType
-from torchrec.modules.embedding_configs import data_type_to_sparse_type
+from torchrec.modules.embedding_configs import PoolingType, data_type_to_sparse_type
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -39,6 +39,7 @@ from torchrec_cafe.tables import (
     RowRangeTBE,
     SharedRows,
     TableLayout,
+    sample_vectors,
 )
 
 # Ids that may look up the same second row before it is of no use to any (CAFE+, section 3.6).
@@ -51,6 +52,17 @@ _OWN_PARAMS = frozenset({GROUP_PARAM, "bounds_check_mode", "cache_precision"})
 def _first_row(table: ShardedEmbeddingTable) -> int:
     assert table.local_metadata is not None
     return table.local_metadata.shard_offsets[0]
+
+
+def _divide_by_sizes(pooled: Tensor, features: KeyedJaggedTensor) -> Tensor:
+    """Make means of sums, as TorchRec does: by the lengths of bags, or the sums of weights."""
+    sizes = features.lengths()
+    weights = features.weights_or_none()
+    if weights is not None:
+        sizes = torch.segment_reduce(weights, "sum", offsets=features.offsets(), initial=0.0)
+    by_sample = sizes.view(-1, features.stride()).t().unsqueeze(2)
+    sums = pooled.view(features.stride(), by_sample.shape[1], -1)
+    return (sums / (by_sample + 1e-6)).view_as(pooled)
 
 
 class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
@@ -173,13 +185,14 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
         return self._optim
 
     def forward(self, features: KeyedJaggedTensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        """Look up a batch whose ids the row-wise input dist has mixed and cut.
+        """Look up a batch whose ids the input dist has mixed and cut.
 
         Args:
             features: the rank's ids, ``[F * B]`` bags.
 
         Returns:
-            ``[B, F * D]``.
+            ``[B, F * D]``; of row-wise tables, the rank's part of the sums of bags, or what
+            :class:`MemRecSamples` gives.
 
         Raises:
             ValueError: for a batch whose features differ in batch size.
@@ -192,7 +205,14 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
                 "pad the batch"
             )
         weights = features.weights_or_none()
-        return self.bags(features.values().long(), features.offsets().long(), weights)
+        pooled = self.bags(features.values().long(), features.offsets().long(), weights)
+        if self.group.sharding_type == ShardingType.ROW_WISE.value:
+            return pooled  # a part; TorchRec divides the sum by the lengths of bags
+        if self.group.is_per_sample:
+            pooled = sample_vectors(pooled, self._config.num_features())
+        if self._config.pooling is PoolingType.MEAN:
+            pooled = _divide_by_sizes(pooled, features)
+        return pooled
 
     def flush(self) -> None:
         """Bring rows and sketch up to date, before they are read from outside."""

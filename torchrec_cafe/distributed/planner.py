@@ -27,9 +27,11 @@ from torchrec_cafe.config import MemRec, TableKind, TableShape, item_bytes
 from torchrec_cafe.distributed._torchrec import TorchRecConstraints
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
 from torchrec_cafe.distributed.optimizers import check_optimizer
-from torchrec_cafe.distributed.types import CompressedGroup, CompressedParameterSharding
-
-SUPPORTED_SHARDING_TYPES = (ShardingType.ROW_WISE.value,)
+from torchrec_cafe.distributed.types import (
+    SHARDING_TYPES,
+    CompressedGroup,
+    CompressedParameterSharding,
+)
 
 
 @dataclasses.dataclass
@@ -71,16 +73,20 @@ class _PlanningSharder(EmbeddingBagCollectionSharder):
     def sharding_types(self, compute_device_type: str) -> list[str]:
         # On CPU TorchRec leaves row-wise sharding out, although gloo has every collective it needs.
         types = super().sharding_types(compute_device_type)
-        return types + [t for t in SUPPORTED_SHARDING_TYPES if t not in types]
+        return types + [t for t in SHARDING_TYPES if t not in types]
 
 
 def _planned_rows(group: CompressedGroup, name: str) -> int:
     """Rows of a fused table that takes as many bytes as the table and its part of the pool.
 
     The pool is divided between the tables in proportion to their ids, so that the estimates of a
-    group add up to its cost.
+    group add up to its cost; a pool on one rank is the first table's.
     """
     table = group.table(name)
+    if group.stays_together:  # the first table stands for all, which follow it to its rank
+        if table != group.tables[0]:
+            return 1
+        return group.pool_rows + sum(t.shared_rows for t in group.tables)
     tracked = [t for t in group.tables if t.index >= 0]
     if table.index < 0 or not tracked:
         return table.shared_rows
@@ -110,15 +116,17 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         )
         constraints: dict[str, Any] | None = arguments.get("constraints")
         self._kinds: dict[str, TableKind] = {}
+        self._sharding_types: dict[str, str] = {}
         adapted: dict[str, TorchRecConstraints] = {}
         for name, constraint in (constraints or {}).items():
             adapted[name] = constraint
             if isinstance(constraint, ParameterConstraints) and constraint.table is not None:
                 _check_constraint(name, constraint)
                 self._kinds[name] = constraint.table
+                self._sharding_types[name] = _sharding_type(constraint)
                 adapted[name] = dataclasses.replace(
                     constraint,
-                    sharding_types=list(SUPPORTED_SHARDING_TYPES),
+                    sharding_types=[self._sharding_types[name]],
                     compute_kernels=[EmbeddingComputeKernel.FUSED.value],
                 )
         # Enumerator and estimators keep a reference to this dictionary, which is ours.
@@ -146,7 +154,9 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         for path, module_plan in planned.plan.items():
             tables = cast(EmbeddingModuleShardingPlan, module_plan)
             for name, group in collections.get(path, {}).items():
-                tables[name] = _compressed_sharding(name, group, tables[name])
+                # Where a pool stays together, its tables follow the first.
+                first = tables[group.tables[0].name] if group.stays_together else tables[name]
+                tables[name] = _compressed_sharding(name, group, tables[name], first)
         return planned
 
     def collective_plan(
@@ -208,10 +218,16 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             kind = self._kinds.get(config.name)
             if kind is not None:
                 _check_pooling(config, kind, is_weighted=collection.is_weighted())
-                key = (kind, config.embedding_dim, config.data_type, config.pooling)
+                key = (
+                    kind,
+                    self._sharding_types[config.name],
+                    config.embedding_dim,
+                    config.data_type,
+                    config.pooling,
+                )
                 members.setdefault(key, []).append(config)
         result: dict[str, CompressedGroup] = {}
-        for number, ((kind, *_), configs) in enumerate(members.items()):
+        for number, ((kind, sharding_type, *_), configs) in enumerate(members.items()):
             shapes = [
                 TableShape(
                     name=config.name,
@@ -224,10 +240,11 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             group = CompressedGroup.from_allocation(
                 f"{type(kind).__name__.lower()}_pool_{number}",
                 kind,
+                sharding_type,
                 {config.name: config.num_embeddings for config in configs},
                 kind.allocate(shapes),
             )
-            if group.has_pool:
+            if group.has_pool and not group.stays_together:
                 group.shard_bounds(self._topology.world_size)  # refuse too many ranks now
             result |= {config.name: group for config in configs}
         return result
@@ -266,12 +283,18 @@ def _collections(module: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:
     ]
 
 
+def _sharding_type(constraint: ParameterConstraints) -> str:
+    """How a compressed table is sharded: the first way that it can be and its constraint allows."""
+    allowed = constraint.sharding_types or SHARDING_TYPES
+    return next(sharding_type for sharding_type in SHARDING_TYPES if sharding_type in allowed)
+
+
 def _check_constraint(name: str, constraint: ParameterConstraints) -> None:
     types = constraint.sharding_types
-    if types is not None and not set(types) & set(SUPPORTED_SHARDING_TYPES):
+    if types is not None and not set(types) & set(SHARDING_TYPES):
         raise ValueError(
             f"table {name!r}: a compressed table can be sharded "
-            f"{' or '.join(SUPPORTED_SHARDING_TYPES)}, got sharding_types={types}; "
+            f"{' or '.join(SHARDING_TYPES)}, got sharding_types={types}; "
             "leave sharding_types out or leave the table uncompressed"
         )
     kernels = constraint.compute_kernels
@@ -298,19 +321,23 @@ def _check_pooling(config: EmbeddingBagConfig, kind: TableKind, *, is_weighted: 
 
 
 def _compressed_sharding(
-    name: str, group: CompressedGroup, planned: ParameterSharding
+    name: str, group: CompressedGroup, planned: ParameterSharding, where: ParameterSharding
 ) -> CompressedParameterSharding:
-    """The plan's entry with shared rows cut where the virtual shards are."""
-    old = cast(EnumerableShardingSpec, planned.sharding_spec).shards
+    """The plan's entry on the ranks of another, with rows cut where the virtual shards are."""
+    old = cast(EnumerableShardingSpec, where.sharding_spec).shards
+    (dim,) = {
+        shard.shard_sizes[1] for shard in cast(EnumerableShardingSpec, planned.sharding_spec).shards
+    }
     rows = group.row_bounds(group.table(name), len(old))
     values = {f: getattr(planned, f) for f in ParameterSharding.__dataclass_fields__}
     values |= {
         "compute_kernel": EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value,
+        "ranks": where.ranks,
         "sharding_spec": EnumerableShardingSpec(
             [
                 ShardMetadata(
                     shard_offsets=[begin, 0],
-                    shard_sizes=[end - begin, shard.shard_sizes[1]],
+                    shard_sizes=[end - begin, dim],
                     placement=shard.placement,
                 )
                 for begin, end, shard in zip(rows[:-1], rows[1:], old, strict=True)

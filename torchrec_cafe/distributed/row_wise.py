@@ -1,13 +1,11 @@
-"""Row-wise sharding of compressed tables: input dist by mixed ids, lookup by our kernel."""
+"""Row-wise sharding of compressed tables: every rank has the rows of a range of mixed ids."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec.distributed.embedding_sharding import (
     BaseEmbeddingDist,
     BaseEmbeddingLookup,
@@ -18,18 +16,19 @@ from torchrec.distributed.types import Awaitable, QuantizedCommCodecs, ShardingT
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_cafe.distributed._torchrec import (
-    GroupedEmbeddingConfig,
-    GroupedPooledEmbeddingsLookup,
     RwPooledEmbeddingDist,
     RwPooledEmbeddingSharding,
     RwSparseFeaturesDist,
+    ShardedEmbeddingTable,
     set_row_boundaries,
 )
-from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
+from torchrec_cafe.distributed.lookup import (
+    CompressedGroupedPooledEmbeddingsLookup,
+    IdMixer,
+    group_of,
+)
 from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
-from torchrec_cafe.ops import mix_ids
-
-logger = logging.getLogger(__name__)
+from torchrec_cafe.tables import sample_vectors
 
 
 class CompressedRwSparseFeaturesDist(RwSparseFeaturesDist):
@@ -37,36 +36,29 @@ class CompressedRwSparseFeaturesDist(RwSparseFeaturesDist):
 
     Args:
         pg: process group of the sharding.
-        names: name of each feature's table, for messages.
-        num_embeddings: ids of each feature's table.
-        id_bounds: for each feature, first mixed id of each rank and the number of ids.
-        bounds_check_modes: what to do about ids out of range, for each feature, as FBGEMM's
-            ``bounds_check_mode`` says; ``NONE`` is taken as ``IGNORE``.
+        tables: the tables, in the order of the features of a batch.
         device: where the ids are.
     """
-
-    _num_embeddings: torch.Tensor
 
     def __init__(
         self,
         pg: dist.ProcessGroup,
-        names: list[str],
-        num_embeddings: list[int],
-        id_bounds: list[list[int]],
-        bounds_check_modes: list[BoundsCheckMode],
+        tables: list[ShardedEmbeddingTable],
         device: torch.device | None = None,
     ) -> None:
         """Set the boundaries; see the class."""
-        super().__init__(pg, len(names), num_embeddings, device=device)
-        set_row_boundaries(self, [torch.tensor(b, device=device) for b in id_bounds])
-        self._names = names
-        self._modes = bounds_check_modes
-        self._check = any(
-            mode in (BoundsCheckMode.FATAL, BoundsCheckMode.WARNING) for mode in bounds_check_modes
-        )
-        sizes = torch.tensor(num_embeddings, dtype=torch.int64, device=device)
-        self.register_buffer("_num_embeddings", sizes, persistent=False)
-        self._warned: set[str] = set()
+        sizes: list[int] = []
+        boundaries: list[torch.Tensor] = []
+        for table in tables:
+            group = group_of(table)
+            for _ in range(table.num_features()):
+                compressed = group.table(table.name)
+                bounds = group.id_bounds(compressed, dist.get_world_size(pg))
+                sizes.append(compressed.num_ids)
+                boundaries.append(torch.tensor(bounds, device=device))
+        super().__init__(pg, len(sizes), sizes, device=device)
+        set_row_boundaries(self, boundaries)
+        self._mixer = IdMixer(tables, device)
 
     def forward(
         self, sparse_features: KeyedJaggedTensor
@@ -74,58 +66,9 @@ class CompressedRwSparseFeaturesDist(RwSparseFeaturesDist):
         """Mix and distribute; see the class.
 
         Raises:
-            ValueError: for an id out of range, under ``BoundsCheckMode.FATAL``.
+            ValueError: as :class:`IdMixer`.
         """
-        if sparse_features.variable_stride_per_key():
-            raise ValueError(
-                f"tables {', '.join(sorted(set(self._names)))}: compressed tables need the same "
-                "batch size for every feature, got a KeyedJaggedTensor with variable stride"
-            )
-        return super().forward(self._mix(sparse_features))
-
-    def _mix(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        values, stride = features.values(), features.stride()
-        if stride == 0:
-            return features
-        out_of_range = torch.zeros_like(self._num_embeddings)
-        mixed = mix_ids(
-            values.long().contiguous(),
-            features.offsets()[::stride].long().contiguous(),
-            self._num_embeddings,
-            out_of_range,
-        )
-        if self._check:
-            self._report(out_of_range)
-        return KeyedJaggedTensor(
-            keys=features.keys(),
-            values=mixed.to(values.dtype),
-            weights=features.weights_or_none(),
-            lengths=features.lengths(),
-            offsets=features.offsets(),
-            stride=stride,
-            length_per_key=features.length_per_key_or_none(),
-            offset_per_key=features.offset_per_key_or_none(),
-        )
-
-    def _report(self, out_of_range: torch.Tensor) -> None:
-        if not out_of_range.any():
-            return
-        for name, mode, count in zip(self._names, self._modes, out_of_range.tolist(), strict=True):
-            if count == 0:
-                continue
-            if mode == BoundsCheckMode.FATAL:
-                raise ValueError(
-                    f"table {name!r}: ids must be in [0, num_embeddings), got {count} ids out of "
-                    "range in one batch; fix the ids or use BoundsCheckMode.WARNING"
-                )
-            if mode == BoundsCheckMode.WARNING and name not in self._warned:
-                self._warned.add(name)
-                logger.warning(
-                    "table %r: %d ids of a batch are out of range and taken as id 0 "
-                    "(said once per table)",
-                    name,
-                    count,
-                )
+        return super().forward(self._mixer(sparse_features))
 
 
 class CompressedRwPooledEmbeddingDist(RwPooledEmbeddingDist):
@@ -164,23 +107,10 @@ class CompressedRwPooledEmbeddingDist(RwPooledEmbeddingDist):
             for group, num_features, dim in self._groups
         ]
         parts = list(summed.split(widths, 1))
-        for number, (group, num_features, dim) in enumerate(self._groups):
+        for number, (group, num_features, _) in enumerate(self._groups):
             if group.is_per_sample:
-                rows, factor = parts[number].split([dim, 1], 1)
-                parts[number] = (factor * rows).repeat(1, num_features)
+                parts[number] = sample_vectors(parts[number], num_features)
         return torch.cat(parts, 1)
-
-
-class CompressedGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
-    """TorchRec's lookup with our kernel for compressed groups."""
-
-    def _create_embedding_kernel(
-        self, config: GroupedEmbeddingConfig, device: Any, pg: Any, *args: Any
-    ) -> Any:
-        if GROUP_PARAM in (config.fused_params or {}):
-            sharding_type = args[0] if args else ShardingType.ROW_WISE
-            return CompressedEmbeddingBag(config, pg, device, sharding_type)
-        return super()._create_embedding_kernel(config, device, pg, *args)
 
 
 class CompressedRwPooledEmbeddingSharding(RwPooledEmbeddingSharding):
@@ -190,23 +120,9 @@ class CompressedRwPooledEmbeddingSharding(RwPooledEmbeddingSharding):
         self, device: torch.device | None = None
     ) -> BaseSparseFeaturesDist[KeyedJaggedTensor]:
         """Input dist by mixed ids."""
-        names: list[str] = []
-        num_embeddings: list[int] = []
-        id_bounds: list[list[int]] = []
-        modes: list[BoundsCheckMode] = []
-        for table in self.embedding_tables():
-            fused_params = table.fused_params or {}
-            group: CompressedGroup = fused_params[GROUP_PARAM]
-            for _ in range(table.num_features()):
-                compressed = group.table(table.name)
-                names.append(table.name)
-                num_embeddings.append(compressed.num_ids)
-                id_bounds.append(group.id_bounds(compressed, self._world_size))
-                modes.append(fused_params.get("bounds_check_mode", BoundsCheckMode.WARNING))
         assert self._pg is not None
-        return CompressedRwSparseFeaturesDist(
-            self._pg, names, num_embeddings, id_bounds, modes, device or self._device
-        )
+        tables = self.embedding_tables()
+        return CompressedRwSparseFeaturesDist(self._pg, tables, device or self._device)
 
     def create_lookup(
         self,

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.types import ParameterSharding
+from torchrec.distributed.types import ParameterSharding, ShardingType
 
 from torchrec_cafe.config import Allocation, MemRec, QuotientRemainder, TableKind
 from torchrec_cafe.ops import first_mixed_id
 
+#: How compressed tables can be sharded; the first unless something else is asked for.
+SHARDING_TYPES = (ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value)
 #: Key of ``fused_params`` under which a group travels through TorchRec to the kernel.
 GROUP_PARAM = "torchrec_cafe_group"
 
@@ -59,6 +61,7 @@ class CompressedGroup:
     Attributes:
         name: unique in its module; names the pool in checkpoints.
         kind: how the tables are kept.
+        sharding_type: of :data:`SHARDING_TYPES`.
         tables: the tables.
         num_shards: virtual shards of the pool; 0 without a pool.
         hot_rows_per_shard: hot rows of a virtual shard.
@@ -70,6 +73,7 @@ class CompressedGroup:
 
     name: str
     kind: TableKind
+    sharding_type: str
     tables: tuple[CompressedTable, ...]
     num_shards: int
     hot_rows_per_shard: int
@@ -80,13 +84,19 @@ class CompressedGroup:
 
     @classmethod
     def from_allocation(
-        cls, name: str, kind: TableKind, num_embeddings: dict[str, int], allocation: Allocation
+        cls,
+        name: str,
+        kind: TableKind,
+        sharding_type: str,
+        num_embeddings: dict[str, int],
+        allocation: Allocation,
     ) -> CompressedGroup:
         """Name the parts of an allocation.
 
         Args:
             name: name of the group.
             kind: kind that made the allocation.
+            sharding_type: of :data:`SHARDING_TYPES`.
             num_embeddings: rows of each uncompressed table.
             allocation: what the kind gave them.
         """
@@ -103,6 +113,7 @@ class CompressedGroup:
         return cls(
             name=name,
             kind=kind,
+            sharding_type=sharding_type,
             tables=tables,
             num_shards=allocation.num_shards,
             hot_rows_per_shard=allocation.hot_rows_per_shard,
@@ -116,6 +127,11 @@ class CompressedGroup:
     def has_pool(self) -> bool:
         """Whether rows are shared by all tables of the group."""
         return self.num_shards > 0
+
+    @property
+    def stays_together(self) -> bool:
+        """Whether all tables have to lie on the same rank: their pool does."""
+        return self.has_pool and self.sharding_type == ShardingType.TABLE_WISE.value
 
     @property
     def is_per_sample(self) -> bool:
@@ -138,6 +154,9 @@ class CompressedGroup:
 
     def shard_bounds(self, world_size: int) -> list[int]:
         """First virtual shard of each rank, and the number of shards: ``world_size + 1`` numbers.
+
+        Args:
+            world_size: ranks that the tables are spread over; 1 if they are sharded table-wise.
 
         Raises:
             ValueError: if there are more ranks than virtual shards.

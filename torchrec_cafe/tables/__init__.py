@@ -3,7 +3,7 @@
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.compressed import CompressedBags
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
-from torchrec_cafe.tables.mem_rec import MemRecLayout, MemRecRows, MemRecSamples
+from torchrec_cafe.tables.mem_rec import MemRecLayout, MemRecRows, MemRecSamples, sample_vectors
 from torchrec_cafe.tables.rows import QuotientRemainderRows, RowLookup, SharedRows, TableLayout
 from torchrec_cafe.tables.state import ShardedState
 
@@ -20,4 +20,5 @@ __all__ = [
     "ShardedState",
     "SharedRows",
     "TableLayout",
+    "sample_vectors",
 ]

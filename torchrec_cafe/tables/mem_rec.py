@@ -246,6 +246,20 @@ class MemRecRows(MemRecLookup):
         return pooled.to(SparseType.from_int(tbe.output_dtype).as_dtype())
 
 
+def sample_vectors(summed: Tensor, num_features: int) -> Tensor:
+    """The vectors of samples, from what :class:`MemRecSamples` gives, summed over ranks.
+
+    Args:
+        summed: ``[B, D + 1]``, token rows and factor.
+        num_features: how many features give the vector.
+
+    Returns:
+        ``[B, num_features * D]``; differentiable.
+    """
+    rows, factors = summed.split([summed.shape[1] - 1, 1], 1)
+    return (factors * rows).repeat(1, num_features)
+
+
 @final
 class MemRecSamples(MemRecLookup):
     """A sample has token rows and a factor: those of the ids of all its features, each once.
