@@ -155,6 +155,11 @@ def local_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def pattern(rows: Tensor, dim: int, name: str) -> Tensor:
+    """Weights of global rows of the tensor of that name."""
+    return torch.sin(rows[:, None] * 1.7 + torch.arange(dim) * 0.3 + len(name))
+
+
 def set_weights(model: nn.Module) -> None:
     """Weights that depend on the global row only, so that they are the same for any world."""
     for name, value in model.state_dict().items():
@@ -163,6 +168,5 @@ def set_weights(model: nn.Module) -> None:
         for shard in value.local_shards():
             first = shard.metadata.shard_offsets[0]
             rows = torch.arange(first, first + shard.metadata.shard_sizes[0])
-            columns = torch.arange(shard.tensor.shape[1])
-            pattern = torch.sin(rows[:, None] * 1.7 + columns * 0.3 + len(name))
-            shard.tensor.copy_(torch.zeros_like(pattern) if "cafe_pool" in name else pattern)
+            weights = pattern(rows, shard.tensor.shape[1], name)
+            shard.tensor.copy_(torch.zeros_like(weights) if "cafe_pool" in name else weights)

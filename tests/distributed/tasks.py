@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import PoolingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_cafe as tc
 from tests.distributed import models
@@ -48,10 +50,11 @@ def load(folder: str, kind: str, sharding_type: str = "row_wise") -> dict[str, T
     return state
 
 
-def learn(kind: str, weighted: bool, sharding_type: str = "row_wise") -> dict[str, Tensor]:
-    """Gradients that do not depend on the weights, so that any world sees the same importance."""
-    model = all_of(kind, EmbOptimType.EXACT_SGD, sharding_type, is_weighted=weighted)
-    models.set_weights(model)
+def pulls(kind: str, weighted: bool) -> Iterator[tuple[KeyedJaggedTensor, Tensor]]:
+    """Batches, with a gradient of what they look up that does not depend on the weights.
+
+    So any world sees the same importance.
+    """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     batch_size = 48 // world_size
     # Rows and factors that pull at each other would grow without bound.
@@ -61,7 +64,15 @@ def learn(kind: str, weighted: bool, sharding_type: str = "row_wise") -> dict[st
         samples = torch.arange(rank * batch_size, (rank + 1) * batch_size)
         pull = (1 + (samples * 7 + step) % 5).float()[:, None] * strength
         # TorchRec divides the gradient of model-parallel tables by the number of ranks.
-        (model(batch).values() * pull * world_size).sum().backward()
+        yield batch, pull * world_size
+
+
+def learn(kind: str, weighted: bool, sharding_type: str = "row_wise") -> dict[str, Tensor]:
+    """What a rank has after some steps."""
+    model = all_of(kind, EmbOptimType.EXACT_SGD, sharding_type, is_weighted=weighted)
+    models.set_weights(model)
+    for batch, pull in pulls(kind, weighted):
+        (model(batch).values() * pull).sum().backward()
     return models.local_state(model)
 
 
@@ -78,11 +89,9 @@ def pooled(sharding_type: str, weighted: bool) -> tuple[Tensor, Tensor]:
     plain = models.collection(sizes, device="cpu", **options)
     with torch.no_grad():
         for name, size in sizes.items():
-            columns = torch.arange(8)
             rows = torch.tensor([reference.mix_id(id_, size) for id_ in range(size)])
-            length = len(f"embedding_bags.{name}.weight")
-            pattern = torch.sin(rows[:, None] * 1.7 + columns * 0.3 + length)
-            plain.embedding_bags[name].weight.copy_(pattern)
+            weights = models.pattern(rows, 8, f"embedding_bags.{name}.weight")
+            plain.embedding_bags[name].weight.copy_(weights)
     sharded, unsharded = [], []
     for batch in models.batches(3, 16, sizes, weighted=weighted):
         sharded.append(model(batch).values())

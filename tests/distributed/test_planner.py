@@ -92,7 +92,7 @@ def test_the_planner_counts_compressed_bytes():
         (
             {"t_big": tc.ParameterConstraints(table=models.CAFE, sharding_types=["column_wise"])},
             2,
-            "table 't_big': a compressed table can be sharded row_wise",
+            "table 't_big': a Cafe table can be sharded row_wise or table_wise, got",
         ),
         (
             {"t_big": tc.ParameterConstraints(table=models.CAFE, compute_kernels=["fused_uvm"])},

@@ -26,6 +26,10 @@ from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.planner.types import ParameterConstraints as TorchRecConstraints
+from torchrec.distributed.sharding.dp_sharding import (
+    DpPooledEmbeddingSharding,
+    DpSparseFeaturesDist,
+)
 from torchrec.distributed.sharding.rw_sharding import (
     RwPooledEmbeddingDist,
     RwPooledEmbeddingSharding,
@@ -40,6 +44,8 @@ from torchrec.optim.fused import FusedOptimizer
 
 __all__ = [
     "BaseBatchedEmbeddingBag",
+    "DpPooledEmbeddingSharding",
+    "DpSparseFeaturesDist",
     "EmbeddingFusedOptimizer",
     "EmbeddingShardingInfo",
     "GroupedEmbeddingConfig",

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder as TorchRecSharder
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -23,15 +22,20 @@ from torchrec_cafe.distributed._torchrec import (
     pool_means_once,
     present_tables,
 )
+from torchrec_cafe.distributed.data_parallel import (
+    CompressedDpPooledEmbeddingSharding,
+    DenseMemRecEmbeddingBag,
+)
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
 from torchrec_cafe.distributed.row_wise import CompressedRwPooledEmbeddingSharding
 from torchrec_cafe.distributed.sharded_state import load_state, sharded_state
 from torchrec_cafe.distributed.table_wise import CompressedTwPooledEmbeddingSharding
 from torchrec_cafe.distributed.types import (
     GROUP_PARAM,
-    SHARDING_TYPES,
     CompressedGroup,
     CompressedParameterSharding,
+    physical_kernel,
+    sharding_types,
 )
 
 # Key under which the compressed tables of a sharding type are kept apart from TorchRec's own, so
@@ -71,11 +75,13 @@ def _pool_sharding(
     group: CompressedGroup, like: CompressedParameterSharding, dim: int
 ) -> ParameterSharding:
     """The pool's rows, cut where the virtual shards are."""
+    if like.sharding_spec is None:  # replicas
+        return _as_physical(like, None)
     spec = cast(EnumerableShardingSpec, like.sharding_spec)
     placements = [shard.placement for shard in spec.shards]
     shards = group.shard_bounds(len(placements))
     rows = [shard * group.pool_rows_per_shard for shard in shards]
-    return _as_fused(
+    return _as_physical(
         like,
         EnumerableShardingSpec(
             [
@@ -88,10 +94,10 @@ def _pool_sharding(
     )
 
 
-def _as_fused(like: CompressedParameterSharding, spec: Any) -> ParameterSharding:
-    """The entry of a physical table in TorchRec's own terms: a fused table of its size."""
+def _as_physical(like: CompressedParameterSharding, spec: Any) -> ParameterSharding:
+    """The entry of a physical table in TorchRec's own terms: a table of its size."""
     values = {name: getattr(like, name) for name in ParameterSharding.__dataclass_fields__}
-    values |= {"compute_kernel": EmbeddingComputeKernel.FUSED.value, "sharding_spec": spec}
+    values |= {"compute_kernel": physical_kernel(like.sharding_type), "sharding_spec": spec}
     return ParameterSharding(**values)
 
 
@@ -123,7 +129,7 @@ class PhysicalEmbeddingBagCollection(EmbeddingBagCollection):
                 physical.weight_init_min = config.get_weight_init_min()
                 physical.weight_init_max = config.get_weight_init_max()
                 physical.num_embeddings = group.table(config.name).shared_rows
-                self_plan[config.name] = _as_fused(sharding, sharding.sharding_spec)
+                self_plan[config.name] = _as_physical(sharding, sharding.sharding_spec)
                 if group.has_pool and group.name not in pools:
                     pools[group.name] = _pool_config(group, config)
                     self_plan[group.name] = _pool_sharding(group, sharding, config.embedding_dim)
@@ -182,6 +188,10 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         # Ids are those of the uncompressed tables.
         present_tables(self, module.logical_configs)
         pool_means_once(self)
+        for kernel in kernels_of(self):
+            if isinstance(kernel, DenseMemRecEmbeddingBag):
+                pool = self.embedding_bags[kernel.group.name]
+                pool.register_parameter("weight_table", kernel.bags.weights)
         self._register_state_dict_hook(_add_state)
         self._register_load_state_dict_pre_hook(_take_state, with_module=True)
 
@@ -219,7 +229,10 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         if GROUP_PARAM not in (sharding_infos[0].fused_params or {}):
             return super().create_embedding_bag_sharding(sharding_infos, env, *args, **kwargs)
         device = args[0] if args else kwargs.get("device")
-        return _SHARDINGS[sharding_infos[0].param_sharding.sharding_type](
+        sharding_type = sharding_infos[0].param_sharding.sharding_type
+        if sharding_type == ShardingType.DATA_PARALLEL.value:  # no communication to encode
+            return CompressedDpPooledEmbeddingSharding(sharding_infos, env, device)
+        return _SHARDINGS[sharding_type](
             sharding_infos,
             env,
             device,
@@ -317,10 +330,11 @@ class EmbeddingBagCollectionSharder(TorchRecSharder):
         if not compressed:
             return super().shard(module, params, env, device, module_fqn)
         for name, sharding in compressed.items():
-            if sharding.sharding_type not in SHARDING_TYPES:
+            possible = sharding_types(sharding.kind)
+            if sharding.sharding_type not in possible:
                 raise ValueError(
-                    f"table {name!r}: a compressed table must be sharded "
-                    f"{' or '.join(SHARDING_TYPES)}, got {sharding.sharding_type!r}"
+                    f"table {name!r}: a {type(sharding.kind).__name__} table must be sharded "
+                    f"{' or '.join(possible)}, got {sharding.sharding_type!r}"
                 )
         return ShardedCompressedEmbeddingBagCollection(
             PhysicalEmbeddingBagCollection(module, params),
@@ -351,6 +365,8 @@ def resident_bytes(module: nn.Module) -> int:
             total += sum(w.numel() * w.element_size() for w in weights)
             if isinstance(kernel, CompressedEmbeddingBag) and kernel.bags.state is not None:
                 total += kernel.bags.state.num_bytes
+            if isinstance(kernel, DenseMemRecEmbeddingBag):
+                total += kernel.bags.weights.numel() * kernel.bags.weights.element_size()
     return total
 
 

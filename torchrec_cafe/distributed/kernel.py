@@ -54,8 +54,13 @@ def _first_row(table: ShardedEmbeddingTable) -> int:
     return table.local_metadata.shard_offsets[0]
 
 
-def _divide_by_sizes(pooled: Tensor, features: KeyedJaggedTensor) -> Tensor:
-    """Make means of sums, as TorchRec does: by the lengths of bags, or the sums of weights."""
+def divide_by_sizes(pooled: Tensor, features: KeyedJaggedTensor) -> Tensor:
+    """Make means of sums, as TorchRec does: by the lengths of bags, or the sums of weights.
+
+    Args:
+        pooled: ``[B, F * D]``, sums.
+        features: the ``F * B`` bags.
+    """
     sizes = features.lengths()
     weights = features.weights_or_none()
     if weights is not None:
@@ -211,7 +216,7 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
         if self.group.is_per_sample:
             pooled = sample_vectors(pooled, self._config.num_features())
         if self._config.pooling is PoolingType.MEAN:
-            pooled = _divide_by_sizes(pooled, features)
+            pooled = divide_by_sizes(pooled, features)
         return pooled
 
     def flush(self) -> None:

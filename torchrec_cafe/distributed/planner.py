@@ -28,9 +28,11 @@ from torchrec_cafe.distributed._torchrec import TorchRecConstraints
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
 from torchrec_cafe.distributed.optimizers import check_optimizer
 from torchrec_cafe.distributed.types import (
-    SHARDING_TYPES,
     CompressedGroup,
     CompressedParameterSharding,
+    CompressedTable,
+    physical_kernel,
+    sharding_types,
 )
 
 
@@ -73,7 +75,8 @@ class _PlanningSharder(EmbeddingBagCollectionSharder):
     def sharding_types(self, compute_device_type: str) -> list[str]:
         # On CPU TorchRec leaves row-wise sharding out, although gloo has every collective it needs.
         types = super().sharding_types(compute_device_type)
-        return types + [t for t in SHARDING_TYPES if t not in types]
+        needed = {group.sharding_type for of in self._groups.values() for group in of.values()}
+        return types + sorted(needed - set(types))
 
 
 def _planned_rows(group: CompressedGroup, name: str) -> int:
@@ -127,7 +130,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
                 adapted[name] = dataclasses.replace(
                     constraint,
                     sharding_types=[self._sharding_types[name]],
-                    compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+                    compute_kernels=[physical_kernel(self._sharding_types[name])],
                 )
         # Enumerator and estimators keep a reference to this dictionary, which is ours.
         self._adapted = adapted
@@ -195,7 +198,9 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         found: set[str] = set()
         for _, collection in _collections(module):
             grouped = self._group_collection(collection)
-            for name in grouped:
+            for name, group in grouped.items():
+                if group.sharding_type == ShardingType.DATA_PARALLEL.value:
+                    continue  # the dense optimizer trains it
                 check_optimizer(
                     name,
                     collection.embedding_bags[name],
@@ -244,7 +249,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
                 {config.name: config.num_embeddings for config in configs},
                 kind.allocate(shapes),
             )
-            if group.has_pool and not group.stays_together:
+            if group.has_pool and sharding_type == ShardingType.ROW_WISE.value:
                 group.shard_bounds(self._topology.world_size)  # refuse too many ranks now
             result |= {config.name: group for config in configs}
         return result
@@ -285,21 +290,24 @@ def _collections(module: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:
 
 def _sharding_type(constraint: ParameterConstraints) -> str:
     """How a compressed table is sharded: the first way that it can be and its constraint allows."""
-    allowed = constraint.sharding_types or SHARDING_TYPES
-    return next(sharding_type for sharding_type in SHARDING_TYPES if sharding_type in allowed)
+    assert constraint.table is not None
+    possible = sharding_types(constraint.table)
+    allowed = constraint.sharding_types or possible
+    return next(sharding_type for sharding_type in possible if sharding_type in allowed)
 
 
 def _check_constraint(name: str, constraint: ParameterConstraints) -> None:
-    types = constraint.sharding_types
-    if types is not None and not set(types) & set(SHARDING_TYPES):
+    assert constraint.table is not None
+    types, possible = constraint.sharding_types, sharding_types(constraint.table)
+    if types is not None and not set(types) & set(possible):
         raise ValueError(
-            f"table {name!r}: a compressed table can be sharded "
-            f"{' or '.join(SHARDING_TYPES)}, got sharding_types={types}; "
+            f"table {name!r}: a {type(constraint.table).__name__} table can be sharded "
+            f"{' or '.join(possible)}, got sharding_types={types}; "
             "leave sharding_types out or leave the table uncompressed"
         )
     kernels = constraint.compute_kernels
     allowed = {
-        EmbeddingComputeKernel.FUSED.value,
+        physical_kernel(_sharding_type(constraint)),
         EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value,
     }
     if kernels is not None and not set(kernels) & allowed:
@@ -324,24 +332,33 @@ def _compressed_sharding(
     name: str, group: CompressedGroup, planned: ParameterSharding, where: ParameterSharding
 ) -> CompressedParameterSharding:
     """The plan's entry on the ranks of another, with rows cut where the virtual shards are."""
-    old = cast(EnumerableShardingSpec, where.sharding_spec).shards
-    (dim,) = {
-        shard.shard_sizes[1] for shard in cast(EnumerableShardingSpec, planned.sharding_spec).shards
-    }
-    rows = group.row_bounds(group.table(name), len(old))
     values = {f: getattr(planned, f) for f in ParameterSharding.__dataclass_fields__}
     values |= {
         "compute_kernel": EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value,
         "ranks": where.ranks,
-        "sharding_spec": EnumerableShardingSpec(
-            [
-                ShardMetadata(
-                    shard_offsets=[begin, 0],
-                    shard_sizes=[end - begin, dim],
-                    placement=shard.placement,
-                )
-                for begin, end, shard in zip(rows[:-1], rows[1:], old, strict=True)
-            ]
-        ),
+        "sharding_spec": _spec(group, group.table(name), planned, where),
     }
     return CompressedParameterSharding(**values, group=group)
+
+
+def _spec(
+    group: CompressedGroup,
+    table: CompressedTable,
+    planned: ParameterSharding,
+    where: ParameterSharding,
+) -> EnumerableShardingSpec | None:
+    if where.sharding_spec is None:  # replicas
+        return None
+    old = cast(EnumerableShardingSpec, where.sharding_spec).shards
+    dim = cast(EnumerableShardingSpec, planned.sharding_spec).shards[0].shard_sizes[1]
+    rows = group.row_bounds(table, len(old))
+    return EnumerableShardingSpec(
+        [
+            ShardMetadata(
+                shard_offsets=[begin, 0],
+                shard_sizes=[end - begin, dim],
+                placement=shard.placement,
+            )
+            for begin, end, shard in zip(rows[:-1], rows[1:], old, strict=True)
+        ]
+    )

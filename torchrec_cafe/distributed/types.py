@@ -11,10 +11,23 @@ from torchrec.distributed.types import ParameterSharding, ShardingType
 from torchrec_cafe.config import Allocation, MemRec, QuotientRemainder, TableKind
 from torchrec_cafe.ops import first_mixed_id
 
-#: How compressed tables can be sharded; the first unless something else is asked for.
-SHARDING_TYPES = (ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value)
+
+def sharding_types(kind: TableKind) -> tuple[str, ...]:
+    """How tables of a kind can be sharded; the first unless something else is asked for."""
+    types = (ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value)
+    # Replicas of the others would each learn other hot ids, or are tables that plain ones replace.
+    return (*types, ShardingType.DATA_PARALLEL.value) if isinstance(kind, MemRec) else types
+
+
 #: Key of ``fused_params`` under which a group travels through TorchRec to the kernel.
 GROUP_PARAM = "torchrec_cafe_group"
+
+
+def physical_kernel(sharding_type: str) -> str:
+    """TorchRec's compute kernel of a compressed table, as TorchRec is told of it."""
+    if sharding_type == ShardingType.DATA_PARALLEL.value:
+        return EmbeddingComputeKernel.DENSE.value
+    return EmbeddingComputeKernel.FUSED.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +74,7 @@ class CompressedGroup:
     Attributes:
         name: unique in its module; names the pool in checkpoints.
         kind: how the tables are kept.
-        sharding_type: of :data:`SHARDING_TYPES`.
+        sharding_type: of :func:`sharding_types`.
         tables: the tables.
         num_shards: virtual shards of the pool; 0 without a pool.
         hot_rows_per_shard: hot rows of a virtual shard.
@@ -96,7 +109,7 @@ class CompressedGroup:
         Args:
             name: name of the group.
             kind: kind that made the allocation.
-            sharding_type: of :data:`SHARDING_TYPES`.
+            sharding_type: of :func:`sharding_types`.
             num_embeddings: rows of each uncompressed table.
             allocation: what the kind gave them.
         """

@@ -4,11 +4,13 @@ from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.compressed import CompressedBags
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
 from torchrec_cafe.tables.mem_rec import MemRecLayout, MemRecRows, MemRecSamples, sample_vectors
+from torchrec_cafe.tables.mem_rec_dense import DenseMemRecBags
 from torchrec_cafe.tables.rows import QuotientRemainderRows, RowLookup, SharedRows, TableLayout
 from torchrec_cafe.tables.state import ShardedState
 
 __all__ = [
     "CompressedBags",
+    "DenseMemRecBags",
     "HotRowPool",
     "MemRecLayout",
     "MemRecRows",

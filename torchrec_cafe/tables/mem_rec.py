@@ -70,6 +70,12 @@ class MemRecLayout:
         )
 
 
+def start_of_weights(kind: MemRec, num_features: int) -> float:
+    """What weights start at, so that a factor starts at about one, with one id a feature."""
+    tokens = num_features if kind.per == "sample" else 1
+    return 1 / (tokens * kind.num_weight_hashes)
+
+
 class TokenWeights(ShardedState):
     """The weights of a rank, in a TBE of their own that trains them as the rows are trained.
 
@@ -182,9 +188,7 @@ class MemRecLookup(RowLookup, ABC):
         super().__init__(tables, tbe.current_device)
         self._layout = layout
         self._tbe = (tbe,)  # hidden from nn.Module: it is a module of the bags
-        # Factors start at about one, for bags of one id.
-        tokens = self.num_features // self.bags_per_sample
-        start = 1 / (tokens * layout.kind.num_weight_hashes)
+        start = start_of_weights(layout.kind, self.num_features)
         self.weights = TokenWeights(layout, self._tables, fused_params, start)
 
     @property

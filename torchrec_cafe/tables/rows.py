@@ -51,6 +51,28 @@ class TableLayout:
     index: int
 
 
+def table_columns(tables: Sequence[TableLayout], device: torch.device) -> Tensor:
+    """The tables as the operators take them, int64 ``[F, 5]``.
+
+    Args:
+        tables: the tables, in the order of their row ranges.
+        device: of the result.
+    """
+    rows: list[tuple[int, ...]] = []
+    row = 0
+    for table in tables:
+        columns = (
+            table.num_ids,
+            table.shared_rows,
+            first_mixed_id(table.first_row, table.num_ids, table.shared_rows),
+            row - table.first_row,
+            table.index,
+        )
+        row += table.num_rows
+        rows += [columns] * table.num_features
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, len(TABLE_COLUMNS))
+
+
 class BagRows(NamedTuple):
     """What a TBE is to look up.
 
@@ -83,23 +105,7 @@ class RowLookup(nn.Module, ABC):
     def __init__(self, tables: Sequence[TableLayout], device: torch.device) -> None:
         """Lay out the tables; see the class."""
         super().__init__()
-        rows: list[tuple[int, ...]] = []
-        row = 0
-        for table in tables:
-            columns = (
-                table.num_ids,
-                table.shared_rows,
-                first_mixed_id(table.first_row, table.num_ids, table.shared_rows),
-                row - table.first_row,
-                table.index,
-            )
-            row += table.num_rows
-            rows += [columns] * table.num_features
-        self.register_buffer(
-            "_tables",
-            torch.tensor(rows, dtype=torch.int64, device=device).view(-1, len(TABLE_COLUMNS)),
-            persistent=False,
-        )
+        self.register_buffer("_tables", table_columns(tables, device), persistent=False)
 
     @property
     def num_features(self) -> int:
