@@ -43,7 +43,7 @@ from benchmarks.quality_run import (
     write_record,
 )
 from benchmarks.quality_traces import measure_traces
-from benchmarks.quality_variants import VARIANTS, variant
+from benchmarks.quality_variants import GENERIC_TEXT, VARIANTS, variant
 from examples.dlrm.config import TrainConfig
 from examples.dlrm.data import ClickLog
 from examples.dlrm.model import table_shapes
@@ -206,7 +206,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data", default="", help=f"of {', '.join([*DATA, TRACES])}; default: all")
-    add("--variants", default="", help=f"of {', '.join(VARIANTS)}, or cafe:NAME=VALUE+NAME=VALUE")
+    add("--variants", default="", help=f"of {', '.join(VARIANTS)}, or {GENERIC_TEXT}")
     add("--compressions", default="", help="of all compressed variants; default: 10,100,1000,...")
     add("--seeds", type=int, default=5, help="trainings of each kind (default: 5)")
     add("--jobs", type=int, default=2, help="trainings at a time, a core each (default: 2)")
@@ -236,7 +236,8 @@ def _check(options: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"--data must be of {', '.join([*DATA, TRACES])}, got {unknown[0]!r}")
     for name in options.variants:
-        TrainConfig(cafe=variant(name).cafe)
+        made = variant(name)
+        TrainConfig(cafe=made.cafe, mem_rec=made.mem_rec, epochs=made.epochs)
     try:
         options.compressions = tuple(float(part) for part in _split(options.compressions))
     except ValueError:

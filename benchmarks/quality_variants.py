@@ -7,8 +7,9 @@ step, so that the product needs no code for what only a study does.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
@@ -23,8 +24,10 @@ from torchrec_cafe.tables import HotRowPool
 
 #: compressions at which what is compared with cafe alone is trained by default
 _ABLATED = (100.0, 1000.0)
-#: prefix of variants that are made from Cafe's arguments: ``cafe:hot_fraction=.5+half_life=300``
-_GENERIC = "cafe:"
+#: variants that are made from arguments of a kind and a number of epochs, such as
+#: ``cafe:hot_fraction=.5+half_life=300`` or ``mem_rec:num_hashes=2+epochs=3``
+_GENERIC = re.compile(r"(full|hash|cafe|mem_rec):([^/]+)")
+GENERIC_TEXT = "KIND:NAME=VALUE+NAME=VALUE with KIND of full, hash, cafe, mem_rec"
 
 
 def kernels(model: DistributedModelParallel) -> Iterator[CompressedEmbeddingBag]:
@@ -221,20 +224,34 @@ VARIANTS = {
 
 
 def variant(name: str) -> Variant:
-    """A variant by its name, or one made from Cafe's arguments.
+    """A variant by its name, or one made from arguments.
 
     Args:
-        name: of :data:`VARIANTS`, or ``cafe:NAME=VALUE+NAME=VALUE``.
+        name: of :data:`VARIANTS`, or ``KIND:NAME=VALUE+NAME=VALUE`` with arguments of the kind and
+            ``epochs``. With arguments of Cafe it is an ablation.
 
     Raises:
         ValueError: for any other name.
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    if name.startswith(_GENERIC) and "/" not in name:
-        arguments = name.removeprefix(_GENERIC).split("+")
-        return _ablation(f"Cafe({', '.join(arguments)})", *arguments)
-    raise ValueError(
-        f"--variants must be of {', '.join(VARIANTS)} or {_GENERIC}NAME=VALUE+NAME=VALUE, "
-        f"got {name!r}"
+    made = _GENERIC.fullmatch(name)
+    if made is None:
+        raise ValueError(
+            f"--variants must be of {', '.join(VARIANTS)} or {GENERIC_TEXT}, got {name!r}"
+        )
+    kind, text = made.groups()
+    arguments = [part for part in text.split("+") if not part.startswith("epochs=")]
+    epochs = [part.removeprefix("epochs=") for part in text.split("+") if part not in arguments]
+    if len(epochs) > 1 or not all(number.isdecimal() for number in epochs):
+        raise ValueError(f"--variants {name!r}: epochs must be given once, as a number")
+    if arguments and kind not in ("cafe", "mem_rec"):
+        raise ValueError(f"--variants {name!r}: {kind} has no arguments but epochs")
+    return replace(
+        VARIANTS[kind],
+        text=f"{kind} with {', '.join(text.split('+'))}",
+        cafe=tuple(arguments) if kind == "cafe" else (),
+        mem_rec=tuple(arguments) if kind == "mem_rec" else (),
+        epochs=int(epochs[0]) if epochs else 1,
+        ablation=kind == "cafe" and not epochs,
     )

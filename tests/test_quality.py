@@ -117,10 +117,14 @@ def test_a_study_finishes_one_seed_before_the_next():
     assert [r.name for r in chosen] == ["full@1x_seed0", "frequency@7x_seed0"]
 
 
-def test_variants_are_made_from_arguments_of_cafe():
+def test_variants_are_made_from_arguments():
     made = variant("cafe:hot_fraction=.5+half_life=30")
     assert made.cafe == ("hot_fraction=.5", "half_life=30")
     assert made.ablation
+    made = variant("mem_rec:num_hashes=2+epochs=3")
+    assert (made.kind, made.mem_rec, made.epochs) == ("mem_rec", ("num_hashes=2",), 3)
+    assert not made.ablation
+    assert variant("full:epochs=2").compressions((10.0,)) == (1.0,)
     with pytest.raises(ValueError, match="--variants must be of full, hash, .* got 'magic'"):
         variant("magic")
 
@@ -129,6 +133,9 @@ def test_variants_are_made_from_arguments_of_cafe():
     ("arguments", "message"),
     [
         (["--variants", "magic"], "--variants must be of full, hash"),
+        (["--variants", "hash:num_hashes=2"], "hash has no arguments but epochs"),
+        (["--variants", "full:epochs=many"], "epochs must be given once, as a number"),
+        (["--variants", "mem_rec:magic=1"], "--mem_rec must be NAME=VALUE"),
         (["--variants", "cafe:magic=1"], "--cafe must be NAME=VALUE"),
         (["--data", "criteo"], "--data must be of promotions, .*, traces, got 'criteo'"),
         (["--compressions", "10,many"], "--compressions must be numbers, got '10,many'"),
