@@ -185,6 +185,9 @@ VARIANTS = {
     "cafe_single_level": Variant(
         text="Cafe without second rows: ids are hot or cold", kind="cafe_single_level"
     ),
+    "cafe_factors": Variant(
+        text="Cafe whose ids have learned factors of four weights", cafe=("num_weight_hashes=4",)
+    ),
     "mem_rec": Variant(text="MEM-REC, a row and four weights an id", kind="mem_rec"),
     "mem_rec_two_rows": Variant(
         text="MEM-REC, two rows and four weights an id", kind="mem_rec", mem_rec=("num_hashes=2",)

@@ -70,8 +70,12 @@ struct BloomEncoder {
   // how many.
   CAFE_HOST_DEVICE int encode(const Table& table, int64_t local_id, int64_t* bits) const {
     const int64_t mixed_id = table.first_id + local_id;
-    const int64_t key = table.key(mixed_id);
-    const int64_t first = held_shard(table, mixed_id) * bits_per_shard;
+    return encode_key(table.key(mixed_id), held_shard(table, mixed_id), bits);
+  }
+
+  // The same of a key in a shard of this rank.
+  CAFE_HOST_DEVICE int encode_key(int64_t key, int64_t shard, int64_t* bits) const {
+    const int64_t first = shard * bits_per_shard;
     int found = 0;
     for (int i = 0; i < num_hashes; ++i) {
       const uint64_t hashes = hash_pair(key, i / 2);

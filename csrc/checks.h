@@ -191,6 +191,40 @@ inline void check_weights_per_shard(int64_t weights_per_shard) {
                   "`weights` must have a multiple of 4 columns, got ", weights_per_shard);
 }
 
+// Keys of ids and the shards of this rank that they are in, -1 for those that have no weights.
+inline void check_keys(const Tensor& keys, const Tensor& shards, int64_t shards_held,
+                       int64_t weights_per_shard, int64_t num_hashes) {
+  check_tensor(keys, "keys", ScalarType::Long, 1);
+  check_tensor(shards, "shards", ScalarType::Int, 1);
+  check_device(keys, shards);
+  STD_TORCH_CHECK(keys.numel() == shards.numel(), "`shards` must have as many elements as `keys`, ",
+                  keys.numel(), ", got ", shards.numel());
+  STD_TORCH_CHECK(num_hashes >= 1 && num_hashes <= kMaxHashes, "`num_hashes` must be in [1, ",
+                  kMaxHashes, "], got ", num_hashes);
+  STD_TORCH_CHECK(shards_held >= 0 && weights_per_shard >= 1,
+                  "`shards_held` must be at least 0, and the weights of a shard at least 1");
+  check_weights_per_shard(weights_per_shard);
+  check_count(shards_held * weights_per_shard, "the weights of a rank");
+  check_count(num_hashes * keys.numel(), "num_hashes times keys");
+}
+
+inline void check_row_dots(const Tensor& grad, const Tensor& table, const Tensor& rows,
+                           const Tensor& offsets, const Tensor& source, int64_t num_ids) {
+  check_tensor(grad, "grad", ScalarType::Float, 2);
+  STD_TORCH_CHECK(
+      table.scalar_type() == ScalarType::Float || table.scalar_type() == ScalarType::Half,
+      "table must be float32 or float16");
+  check_tensor(table, "table", table.scalar_type(), 2);
+  check_tensor(rows, "rows", ScalarType::Long, 1);
+  check_tensor(offsets, "offsets", ScalarType::Long, 1);
+  check_tensor(source, "source", ScalarType::Int, 1);
+  check_device(grad, table, rows, offsets, source);
+  STD_TORCH_CHECK(grad.size(0) == offsets.numel() - 1 && grad.size(1) == table.size(1),
+                  "`grad` must have a row for each bag, and the columns of `table`");
+  STD_TORCH_CHECK(source.numel() == rows.numel(), "`source` must be as long as `rows`");
+  STD_TORCH_CHECK(num_ids >= 0, "`num_ids` must be at least 0, got ", num_ids);
+}
+
 inline void check_bloom_union(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
                               int64_t shards_held, int64_t bits_per_shard, int64_t num_hashes,
                               int64_t first_pair) {

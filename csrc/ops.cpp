@@ -35,6 +35,13 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
   m.def(
       "bloom_rows(Tensor ids, Tensor offsets, Tensor tables, int first_shard, int shards_held,"
       " int rows_per_shard, int num_hashes) -> (Tensor rows, Tensor offsets, Tensor source)");
+  m.def("key_factors(Tensor weights, Tensor keys, Tensor shards, int num_hashes) -> Tensor");
+  m.def(
+      "key_factors_backward(Tensor grad, Tensor keys, Tensor shards, int shards_held,"
+      " int weights_per_shard, int num_hashes) -> (Tensor rows, Tensor grads)");
+  m.def(
+      "row_dots(Tensor grad, Tensor table, Tensor rows, Tensor offsets, Tensor source, int num_ids)"
+      " -> Tensor");
   m.def(
       "bloom_union(Tensor ids, Tensor offsets, Tensor tables, int first_shard, int shards_held,"
       " int bits_per_shard, int num_hashes, int first_pair) -> (Tensor bits, Tensor offsets)");

@@ -27,7 +27,9 @@ def shapes(*sizes: int, dim: int = 16) -> list[TableShape]:
     compression=st.floats(1, 20_000),
     dim=st.sampled_from([4, 16, 64, 128]),
     kind=st.sampled_from([tc.Cafe, tc.Hash, tc.QuotientRemainder, tc.MemRec]),
-    options=st.sampled_from([{}, {"medium_fraction": 0.3}, {"num_shards": 64}]),
+    options=st.sampled_from(
+        [{}, {"medium_fraction": 0.3}, {"num_shards": 64}, {"num_weight_hashes": 4}]
+    ),
 )
 @settings(max_examples=300, deadline=None)
 def test_promise_is_kept_or_refused(sizes, compression, dim, kind, options):
@@ -132,6 +134,19 @@ def test_two_tables_of_mem_rec_fill_the_budget():
     assert (exact.token_rows_per_shard, exact.weights_per_shard) == (256, 256)
     tiny = tc.MemRec(num_token_rows=3).allocate(tables)
     assert (tiny.num_shards, tiny.token_rows_per_shard, tiny.weights_per_shard) == (1, 3, 4)
+
+
+def test_weights_of_cafe_are_as_many_as_its_rows():
+    tables = shapes(1_000_000, 500_000, 10, dim=16)
+    allocation = tc.Cafe(compression=100, num_weight_hashes=4).allocate(tables)
+    rows = allocation.num_shards * (
+        allocation.hot_rows_per_shard + allocation.second_rows_per_shard
+    ) + sum(allocation.shared_rows[name] for name in allocation.tracked)
+    weights = allocation.num_shards * allocation.weights_per_shard
+    assert rows < weights < 1.3 * rows  # the sketch takes bytes, too
+    plain = tc.Cafe(compression=100).allocate(tables)
+    assert plain.weights_per_shard == 0
+    assert abs(plain.memory.total_bytes - allocation.memory.total_bytes) < 5000
 
 
 @pytest.mark.parametrize("dtype", ["float16", torch.float16, DataType.FP16])

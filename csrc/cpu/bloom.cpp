@@ -14,6 +14,7 @@
 #include "cpu/blocks.h"
 #include "cpu/bloom_batch.h"
 #include "cpu/tensors.h"
+#include "cpu/weight_sums.h"
 
 namespace torchrec_cafe {
 namespace {
@@ -183,30 +184,13 @@ std::tuple<Tensor, Tensor> bloom_weigh_backward_cpu(
   each_bag_range(batch, ids.numel(), [&](int64_t feature, int64_t first, int64_t last) {
     kernels().bloom_dots(in, feature, first, last, dots.get());
   });
-  const int64_t num_rows = ids.numel() == 0 ? 0 : shards_held * weights_per_shard / kWeightsPerRow;
-  std::vector<float> sums(num_rows * kWeightsPerRow, 0.0f);
-  std::vector<uint8_t> touched(num_rows, 0);
+  WeightSums sums(ids.numel() == 0 ? 0 : shards_held * weights_per_shard);
   batch.each_feature(0, ids.numel(), [&](const Table& table, int64_t first, int64_t last) {
     each_encoded(batch, encoder, table, first, last, [&](int64_t id, const BloomBits& bits, int i) {
-      for (int h = 0; h < encoder.num_hashes; ++h) {
-        const int32_t bit = bits.at[h][i];
-        if (bit < 0) continue;
-        sums[bit] += dots[id];
-        touched[bit / kWeightsPerRow] = 1;
-      }
+      sums.add(bits, i, encoder.num_hashes, dots[id]);
     });
   });
-  const int64_t size = std::count(touched.begin(), touched.end(), 1);
-  Tensor out_rows = empty_cpu<1>({size}, aoti_torch_dtype_int64());
-  Tensor grads = empty_cpu<2>({size, kWeightsPerRow}, aoti_torch_dtype_float32());
-  int64_t* next_row = out_rows.mutable_data_ptr<int64_t>();
-  float* next_grad = grads.mutable_data_ptr<float>();
-  for (int64_t row = 0; row < num_rows; ++row) {
-    if (touched[row] == 0) continue;
-    *next_row++ = row;
-    next_grad = std::copy_n(sums.data() + row * kWeightsPerRow, kWeightsPerRow, next_grad);
-  }
-  return {out_rows, grads};
+  return sums.by_row();
 }
 
 }  // namespace

@@ -67,6 +67,15 @@ void bloom_encode(const BloomEncoder& encoder, const Table& table, const int64_t
   set_bits(encoder, block, bits);
 }
 
+void encode_keys(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards, int size,
+                 BloomBits& bits) {
+  BlockOfIds block;
+  block.size = size;
+  std::memcpy(block.keys, keys, size * sizeof(int64_t));
+  for (int i = 0; i < size; ++i) block.shards[i] = shards[i] < 0 ? 0 : shards[i];
+  set_bits(encoder, block, bits);
+}
+
 // One id after the other: vector instructions would gather, which is slower than loads.
 inline void add_weights(const BloomBits& bits, int num_hashes, const float* __restrict__ weights,
                         int size, float* __restrict__ factors) {
@@ -88,6 +97,19 @@ void bloom_factors(const BloomEncoder& encoder, const Table& table, const int64_
     const int block = size - from < kBloomBlock ? static_cast<int>(size - from) : kBloomBlock;
     bloom_encode(encoder, table, ids + from, block, bits);
     add_weights(bits, encoder.num_hashes, weights, block, factors + from);
+  }
+}
+
+void key_factors(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards,
+                 int64_t size, const float* weights, float* factors) {
+  BloomBits bits;
+  for (int64_t from = 0; from < size; from += kBloomBlock) {
+    const int block = size - from < kBloomBlock ? static_cast<int>(size - from) : kBloomBlock;
+    encode_keys(encoder, keys + from, shards + from, block, bits);
+    add_weights(bits, encoder.num_hashes, weights, block, factors + from);
+    for (int i = 0; i < block; ++i) {
+      factors[from + i] = shards[from + i] < 0 ? 1.0f : factors[from + i];
+    }
   }
 }
 
@@ -335,6 +357,32 @@ void dot_bags(const BloomLookup& in, int64_t feature, int64_t first, int64_t las
 void bloom_dots(const BloomLookup& in, int64_t feature, int64_t first, int64_t last, float* dots) {
   const auto run = in.half ? dot_bags<uint16_t> : dot_bags<float>;
   run(in, feature, first, last, dots);
+}
+
+// Rows that are asked for ahead of their use.
+constexpr int64_t kRowsAhead = 16;
+
+template <typename T>
+void dot_rows(const RowDots& in, int64_t first, int64_t last, float* dots) {
+  const auto* table = static_cast<const T*>(in.table);
+  for (int64_t bag = first; bag < last; ++bag) {
+    const float* grad = in.grad + bag * in.dim;
+    for (int64_t m = in.offsets[bag]; m < in.offsets[bag + 1]; ++m) {
+      const int64_t ahead = m + kRowsAhead < in.size ? m + kRowsAhead : m;
+      const auto* bytes = reinterpret_cast<const char*>(table + in.rows[ahead] * in.dim);
+      const int64_t row_bytes = in.dim * static_cast<int64_t>(sizeof(T));
+      for (int64_t line = 0; line < row_bytes; line += 64) __builtin_prefetch(bytes + line);
+      const float product = dot(grad, table + in.rows[m] * in.dim, in.dim);
+      const bool same = m > in.offsets[bag] && in.source[m] == in.source[m - 1];
+      float& to = dots[in.source[m]];
+      to = same ? to + product : product;
+    }
+  }
+}
+
+void row_dots(const RowDots& in, int64_t first, int64_t last, float* dots) {
+  const auto run = in.half ? dot_rows<uint16_t> : dot_rows<float>;
+  run(in, first, last, dots);
 }
 
 void bloom_pool(const BloomLookup& in, int64_t feature, int64_t first, int64_t last) {

@@ -62,6 +62,18 @@ struct BloomLookup {
   const float* grad;                // of `pooled`, or null
 };
 
+// Rows of bags, and the gradient of what they add up to.
+struct RowDots {
+  const float* grad;  // [bags, dim]
+  const void* table;  // floats, or halves
+  bool half;
+  int64_t dim;
+  const int64_t* rows;
+  const int64_t* offsets;
+  const int32_t* source;  // of each row; equal ones lie side by side
+  int64_t size;           // of `rows`
+};
+
 struct Kernels {
   const char* name;
 
@@ -102,6 +114,17 @@ struct Kernels {
   // Encodes at most kBloomBlock ids.
   void (*bloom_encode)(const BloomEncoder& encoder, const Table& table, const int64_t* ids,
                        int size, BloomBits& bits);
+
+  // Encodes at most kBloomBlock keys, each in the shard given; a shard below 0 counts as 0.
+  void (*encode_keys)(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards,
+                      int size, BloomBits& bits);
+
+  // Adds up the weights of each key; the factor of one whose shard is below 0 is 1.
+  void (*key_factors)(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards,
+                      int64_t size, const float* weights, float* factors);
+
+  // Multiplies the gradient of each bag in [first, last) with its rows; see row_dots.
+  void (*row_dots)(const RowDots& in, int64_t first, int64_t last, float* dots);
 
   // Adds up the weights of each id.
   void (*bloom_factors)(const BloomEncoder& encoder, const Table& table, const int64_t* ids,

@@ -8,6 +8,7 @@
 #include "bloom_batch.cuh"
 #include "checks.h"
 #include "launch.cuh"
+#include "rows.cuh"
 #include "scan.cuh"
 
 namespace torchrec_cafe {
@@ -105,9 +106,6 @@ Tensor bloom_weigh_cuda(const Tensor& weights, const Tensor& ids, const Tensor& 
   }
   return factors;
 }
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
 
 // A warp a bag: each lane encodes an id, and then all lanes add up its rows, a few columns each.
 template <typename T>

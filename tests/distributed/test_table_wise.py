@@ -15,7 +15,7 @@ import torchrec_cafe as tc
 from tests.distributed import models, tasks
 from tests.distributed.ranks import run_ranks
 
-KINDS = ["multi_level", "quotient_remainder", "mem_rec", "mem_rec_sample"]
+KINDS = ["multi_level", "factors", "quotient_remainder", "mem_rec", "mem_rec_sample"]
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -144,6 +144,8 @@ def _shapes(*names: str) -> list[Any]:
         ("multi_level", 2, True),
         ("multi_level", 3, False),
         ("frequency", 2, True),
+        ("factors", 2, False),
+        ("factors", 3, True),
         ("quotient_remainder", 2, True),
         ("mem_rec", 2, False),
         ("mem_rec", 3, True),
@@ -158,7 +160,7 @@ def test_any_number_of_ranks_learns_the_same(
     if any("sketch" in name for name in alone):
         assert (alone["embedding_bags.cafe_pool_0.sketch_owners"] >= 0).any()
         keys = alone["embedding_bags.cafe_pool_0.sketch_buckets"].view(torch.int32)[..., 12:]
-        assert (keys == MEDIUM).any() == (kind == "multi_level")
+        assert (keys == MEDIUM).any() == (kind in ("multi_level", "factors"))
     for name, whole in alone.items():
         joined = torch.cat([part[name] for part in parts if name in part])
         if "sketch" in name:
@@ -179,7 +181,7 @@ def _twice(kind: str) -> bool:
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("kind", ["cafe", "multi_level", "mem_rec", "mem_rec_sample"])
+@pytest.mark.parametrize("kind", ["cafe", "multi_level", "factors", "mem_rec", "mem_rec_sample"])
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path, kind: str):
     assert run_ranks(2, tmp_path, _twice, kind) == [True, True]
 
@@ -216,6 +218,7 @@ def test_gradient_accumulation_and_autocast(tmp_path: Path):
     [
         ("cafe", 1),
         ("multi_level", 3),
+        ("factors", 3),
         ("quotient_remainder", 3),
         ("quotient_remainder", 1),
         ("mem_rec", 1),

@@ -183,3 +183,32 @@ def test_bloom_encodings_are_the_same_on_both(num_hashes):
     expected = torch.zeros(16 * 20 // 4, 4)
     expected[rows] = grads
     torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_of_keys_are_the_same_on_both():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(0, 500, (3000,), generator=generator)
+    shards = (keys % 17).int() - 1
+    weights = torch.randn((16, 20), generator=generator)
+    factors = ops.key_factors(weights, keys, shards, num_hashes=3)
+    on_gpu = ops.key_factors(weights.cuda(), keys.cuda(), shards.cuda(), num_hashes=3)
+    assert torch.equal(factors, on_gpu.cpu())
+    grad = torch.randn(3000, generator=generator)
+    options = {"shape": (16, 20), "num_hashes": 3}
+    rows, grads = ops.key_factors_backward(grad, keys, shards, **options)
+    given = ops.key_factors_backward(grad.cuda(), keys.cuda(), shards.cuda(), **options)
+    summed = torch.zeros((80, 4)).index_add_(0, given[0].cpu(), given[1].cpu())
+    torch.testing.assert_close(summed, torch.zeros((80, 4)).index_add_(0, rows, grads))
+    bags = torch.randint(0, 4, (1000,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), bags.cumsum(0)])
+    found = ops.Lookups(
+        torch.randint(0, 50, (int(offsets[-1]),), generator=generator),
+        offsets,
+        torch.arange(int(offsets[-1]), dtype=torch.int32),
+    )
+    for table in (torch.randn(50, 12), torch.randn(50, 12).half()):
+        pull = torch.randn(1000, 12)
+        dots = ops.row_dots(pull, table, found, num_ids=len(found.rows))
+        moved = ops.Lookups(*(tensor.cuda() for tensor in found))
+        on_gpu = ops.row_dots(pull.cuda(), table.cuda(), moved, num_ids=len(found.rows))
+        torch.testing.assert_close(dots, on_gpu.cpu(), rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from torchrec_cafe import ops
 from torchrec_cafe.config import Cafe
 from torchrec_cafe.ops import COLD, MEDIUM, PoolRows, reference
 from torchrec_cafe.tables import (
     CompressedBags,
+    IdFactors,
     PoolLayout,
     QuotientRemainderRows,
     RowRangeTBE,
     SharedRows,
     TableLayout,
+    WeightTable,
 )
 
 IDS, SHARED, HOT, SHARDS, DIM = 40, 6, 2, 2, 4
@@ -35,20 +39,22 @@ def make(
     optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     precision: SparseType = SparseType.FP32,
     second: int = 0,
-    **options: float | str,
+    **options: Any,
 ) -> CompressedBags:
     """One tracked table of 40 ids in 6 shared rows, one whole table of 5, and 4 hot rows.
 
-    With ``second``, each of the two shards has so many second rows besides.
+    With ``second``, each of the two shards has so many second rows besides; with
+    ``num_weight_hashes``, eight weights.
     """
     options = {"half_life": math.inf} | options
-    kind = Cafe(compression=2, num_shards=SHARDS, rebalance_interval=1, **options)  # pyright: ignore[reportArgumentType]
+    kind = Cafe(compression=2, num_shards=SHARDS, rebalance_interval=1, **options)
+    fused_params = {"optimizer": optimizer, "learning_rate": 0.5, "eps": 0.1}
     tbe = RowRangeTBE(
         [SHARED, 5, SHARDS * (HOT + second)],
         DIM,
         weights_precision=precision,
         device=CPU,
-        fused_params={"optimizer": optimizer, "learning_rate": 0.5, "eps": 0.1},
+        fused_params=fused_params,
     )
     weights = tbe.physical_tensors()[0]
     weights.copy_(torch.arange(weights.numel()).view_as(weights) / 10)
@@ -68,7 +74,11 @@ def make(
         rows=PoolRows(offset=SHARED + 5, hot_rows_per_shard=HOT, second_rows_per_shard=second),
         num_medium=3 * second,
     )
-    return CompressedBags(SharedRows(tables, pool, CPU), tbe)
+    factors = None
+    if kind.num_weight_hashes > 0:
+        table = WeightTable(0, (SHARDS, 8), start=0.3, device=CPU, fused_params=fused_params)
+        factors = IdFactors(table, kind.num_weight_hashes, tbe)
+    return CompressedBags(SharedRows(tables, pool, CPU, factors), tbe)
 
 
 def step(bags: CompressedBags, ids: list[int], pull: float = 1.0) -> Tensor:
@@ -288,3 +298,63 @@ def test_ranges_of_the_tbe_are_views_of_one_table():
     assert [len(state[0]) for state in states] == [SHARED, 5, SHARDS * HOT]
     none = RowRangeTBE([0, 0], DIM, weights_precision=SparseType.FP32, device=CPU, fused_params={})
     assert [len(weights) for weights in none.split_embedding_weights()] == [0, 0]
+
+
+def _plainly(
+    bags: CompressedBags, ids: Tensor, offsets: Tensor, user: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What bags look up, in double precision by autograd; the rows and the weights that it used."""
+    assert isinstance(bags.rows, SharedRows)
+    assert bags.pool is not None
+    assert bags.state is not None
+    rows = bags.tbe.physical_tensors()[0].double().requires_grad_()
+    weights = bags.state.state_tensors()["weight_table"].double().requires_grad_()
+    batch = ops.remap(ids, offsets, bags.rows._tables, bags.pool.hot_rows())
+    found = ops.Lookups(batch.rows, batch.offsets, batch.source)
+    if bags.pool.layout.rows.second_rows_per_shard > 0:
+        found = ops.add_second_rows(batch, bags.pool.layout.rows)
+    factors = reference.key_factors(weights, batch.keys, batch.shards, num_hashes=2)
+    assert (factors[batch.shards < 0] == 1).all()
+    scales = (factors * user.double())[found.source.long()]
+    bag = torch.arange(len(offsets) - 1).repeat_interleave(found.offsets.diff())
+    pooled = torch.zeros((len(offsets) - 1, DIM), dtype=torch.float64)
+    return pooled.index_add(0, bag, scales.unsqueeze(1) * rows[found.rows]), rows, weights
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_factors_and_rows_step_as_a_dense_model(weighted: bool):
+    """Cold, medium and hot ids, and those of a table that is kept whole."""
+    bags = make(EmbOptimType.EXACT_SGD, second=2, num_weight_hashes=2)
+    for _ in range(6):
+        step(bags, [3, 3, 3, 11, 11, 11, 25, 25, 30, 38], pull=0.01)
+    bags.settle()
+    assert bags.pool is not None
+    assert bags.pool.statistics()["medium_occupancy"] > 0
+    ids = torch.tensor([3, 11, 25, 30, 38, 5, 5, 0, 4, 4])
+    offsets = torch.tensor([0, 2, 4, 7, 8, 9, 10, 10, 10])  # four bags of each table
+    user = torch.rand(len(ids)) if weighted else torch.ones(len(ids))
+    expected, rows, weights = _plainly(bags, ids, offsets, user)
+    pooled = bags(ids, offsets, user if weighted else None).view(8, DIM)
+    torch.testing.assert_close(pooled.double(), expected, rtol=1e-5, atol=1e-5)
+    pull = torch.randn(8, DIM)
+    (expected * pull.double()).sum().backward()
+    (pooled * pull).sum().backward()
+    assert bags.state is not None
+    for before, now in (
+        (rows, bags.tbe.physical_tensors()[0]),
+        (weights, bags.state.state_tensors()["weight_table"]),
+    ):
+        assert before.grad is not None
+        stepped = before.detach() - 0.5 * before.grad
+        torch.testing.assert_close(now.double(), stepped, rtol=1e-5, atol=1e-5)
+
+
+def test_factors_stay_with_ids_that_are_promoted():
+    bags = make(EmbOptimType.EXACT_SGD, num_weight_hashes=2)
+    ids, offsets = [3, 11], torch.tensor([0, 1, 2, 2, 2])
+    step(bags, ids)
+    expected, *_ = _plainly(bags, torch.tensor(ids), offsets, torch.ones(2))
+    pooled = bags(torch.tensor(ids), offsets)  # settles
+    assert bags.pool is not None
+    assert bags.pool.statistics()["promoted"] == 2
+    torch.testing.assert_close(pooled.view(4, DIM).double(), expected, rtol=1e-6, atol=1e-6)

@@ -25,13 +25,16 @@ from torchrec_cafe.config.budget import (
 )
 from torchrec_cafe.config.memory import (
     BUCKET_SLOTS,
+    MAX_HASHES,
     OWNER_BYTES,
     SHARD_BYTES,
     SLOT_BYTES,
     TABLE_STATISTICS_BYTES,
+    WEIGHT_BYTES,
     Allocation,
     MemoryBreakdown,
     TableShape,
+    whole_weights,
 )
 
 # Cafe divides its shared rows in proportion to 1 / sqrt(ids of the table). Every table has a lookup
@@ -70,6 +73,9 @@ class Cafe(TableKind):
         medium_fraction: share of the shared rows' bytes that goes to second rows, in [0, 1): ids
             that are important, but not enough for a row of their own, look up the sum of two
             shared rows. 0: none.
+        num_weight_hashes: weights whose sum scales the rows of an id, learned as MEM-REC's are, in
+            [0, 16]: ids that share a row differ in it. There are as many weights as rows.
+            0: rows are not scaled.
         slots_per_hot_row: slots of the sketch per hot row, >= 1; more remember more candidates.
         importance: ``"gradient_norm"`` (of the bag's gradient) or ``"frequency"``.
         threshold: smallest importance, in average occurrences, that earns a row; ``None`` gives
@@ -88,6 +94,7 @@ class Cafe(TableKind):
     hot_fraction: float = 0.4
     whole_fraction: float = 0.25
     medium_fraction: float = 0.3
+    num_weight_hashes: int = 0
     slots_per_hot_row: float = 3.0
     importance: str = "gradient_norm"
     threshold: float | None = None
@@ -112,6 +119,10 @@ class Cafe(TableKind):
             "half_life": ("> 0", self.half_life > 0),
             "rebalance_interval": (">= 1", self.rebalance_interval >= 1),
             "medium_fraction": ("in [0, 1)", 0 <= self.medium_fraction < 1),
+            "num_weight_hashes": (
+                f"in [0, {MAX_HASHES}]",
+                0 <= self.num_weight_hashes <= MAX_HASHES,
+            ),
             "importance": (f"one of {IMPORTANCE}", self.importance in IMPORTANCE),
             "num_shards": (
                 "in [1, 65536] or None",
@@ -176,6 +187,8 @@ class Cafe(TableKind):
         if not rest:
             return rows_alone(tables, shared, row_bytes)
         fixed = num_shards * (SHARD_BYTES + TABLE_STATISTICS_BYTES * len(rest))
+        weights = self._weights(left // num_shards, row_bytes)
+        left -= num_shards * weights * WEIGHT_BYTES
         available = (self.hot_fraction * left - fixed) / num_shards
         hot_rows = self._hot_rows(available, row_bytes)
         buckets = math.ceil(hot_rows * self.slots_per_hot_row / BUCKET_SLOTS)
@@ -191,7 +204,8 @@ class Cafe(TableKind):
             # Hot rows would be wasted on tables whose ids have a row each.
             return self._divide_into(tables, whole | got_all, num_shards)
         memory = MemoryBreakdown(
-            shared_bytes=(sum(shared.values()) + num_shards * second_rows) * row_bytes,
+            shared_bytes=(sum(shared.values()) + num_shards * second_rows) * row_bytes
+            + num_shards * weights * WEIGHT_BYTES,
             hot_bytes=num_shards * hot_rows * row_bytes,
             sketch_bytes=num_shards * buckets * BUCKET_SLOTS * SLOT_BYTES + fixed,
             map_bytes=num_shards * hot_rows * OWNER_BYTES,
@@ -204,8 +218,15 @@ class Cafe(TableKind):
             hot_rows_per_shard=hot_rows,
             second_rows_per_shard=second_rows,
             buckets_per_shard=buckets,
+            weights_per_shard=weights,
             tracked=tuple(table.name for table in rest),
         )
+
+    def _weights(self, available: int, row_bytes: int) -> int:
+        """Weights of a virtual shard: about as many as rows fit with them."""
+        if self.num_weight_hashes == 0:
+            return 0
+        return whole_weights(available // (row_bytes + WEIGHT_BYTES))
 
     @staticmethod
     def _pool_bytes(hot_rows: int, buckets: int, row_bytes: int) -> int:

@@ -13,16 +13,17 @@ from torchrec_cafe.config.budget import (
     check_compression,
     too_small,
 )
-from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape
+from torchrec_cafe.config.memory import (
+    MAX_HASHES,
+    WEIGHT_BYTES,
+    Allocation,
+    MemoryBreakdown,
+    TableShape,
+    whole_weights,
+)
 
-#: Most hash functions of an encoding.
-MAX_HASHES = 16
 #: What has one vector.
 PER = ("token", "sample")
-#: Bytes of a weight: float32 for tables of any dtype.
-WEIGHT_BYTES = 4
-#: Weights that share a row of FBGEMM, and that row's optimizer state.
-WEIGHTS_PER_ROW = 4
 # Token rows of a virtual shard below which fewer shards are taken: ids collide within their shard.
 _FAIR_ROWS = 64
 _NUM_SHARDS = (64, 32, 16, 8, 4, 2, 1)
@@ -127,18 +128,13 @@ class MemRec(TableKind):
         budget = budget_of(tables, self.compression or 1.0)
         if self.num_token_rows is not None:
             rows = self.num_token_rows // num_shards
-            return rows, _weights(rows)
+            return rows, whole_weights(rows)
         row_bytes = tables[0].row_bytes
         available = budget // num_shards
         rows = available // (row_bytes + WEIGHT_BYTES)
-        while rows > 0 and rows * row_bytes + _weights(rows) * WEIGHT_BYTES > available:
+        while rows > 0 and rows * row_bytes + whole_weights(rows) * WEIGHT_BYTES > available:
             rows -= 1
-        return rows, _weights(rows)
-
-
-def _weights(rows: int) -> int:
-    """As many weights as token rows, in whole rows of FBGEMM."""
-    return max(1, rows // WEIGHTS_PER_ROW) * WEIGHTS_PER_ROW
+        return rows, whole_weights(rows)
 
 
 def _allocation(

@@ -16,6 +16,12 @@ OWNER_BYTES = 4
 SHARD_BYTES = 56
 #: Bytes a shard keeps per table of its pool: running sum and count of the importance.
 TABLE_STATISTICS_BYTES = 16
+#: Most hash functions of an encoding.
+MAX_HASHES = 16
+#: Bytes of a weight: float32 for tables of any dtype.
+WEIGHT_BYTES = 4
+#: Weights that share a row of FBGEMM, and that row's optimizer state.
+WEIGHTS_PER_ROW = 4
 #: Tables of a pool need fewer rows than this, so that (table, id) fits one 64-bit key.
 MAX_NUM_EMBEDDINGS = 2**47
 
@@ -27,8 +33,8 @@ class MemoryBreakdown:
     """What a table or a group of tables keeps resident, in bytes.
 
     Attributes:
-        shared_bytes: rows that ids share, second rows, and rows of tables kept whole; MEM-REC's
-            token rows and weights.
+        shared_bytes: rows that ids share, second rows, and rows of tables kept whole; token rows
+            and weights.
         hot_bytes: rows that hot ids own.
         sketch_bytes: slots and statistics of HotSketch.
         map_bytes: map from hot rows to their owners.
@@ -109,7 +115,7 @@ class Allocation:
         second_rows_per_shard: rows of a virtual shard that medium ids add to their shared row.
         buckets_per_shard: buckets of HotSketch of a virtual shard.
         token_rows_per_shard: rows of a virtual shard of MEM-REC's token table.
-        weights_per_shard: weights of a virtual shard of MEM-REC's weight table.
+        weights_per_shard: weights of a virtual shard.
         tracked: tables whose ids have rows in the pool, in the order of their numbers in it.
         memory: what the group costs.
     """
@@ -123,6 +129,11 @@ class Allocation:
     token_rows_per_shard: int = 0
     weights_per_shard: int = 0
     tracked: tuple[str, ...] = ()
+
+
+def whole_weights(rows: int) -> int:
+    """As many weights as rows, in whole rows of FBGEMM, at least one."""
+    return max(1, rows // WEIGHTS_PER_ROW) * WEIGHTS_PER_ROW
 
 
 def item_bytes(dtype: object) -> int:

@@ -30,6 +30,7 @@ from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
 from torchrec_cafe.ops import PoolRows
 from torchrec_cafe.tables import (
     CompressedBags,
+    IdFactors,
     MemRecLayout,
     MemRecRows,
     MemRecSamples,
@@ -39,6 +40,7 @@ from torchrec_cafe.tables import (
     RowRangeTBE,
     SharedRows,
     TableLayout,
+    WeightTable,
     sample_vectors,
 )
 
@@ -120,7 +122,21 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
             return lookup(tables, layout, self._emb_module, fused_params)
         if isinstance(self.group.kind, QuotientRemainder):
             return QuotientRemainderRows(self._table_layouts(), device)
-        return SharedRows(self._table_layouts(), self._pool_layout(), device)
+        pool = self._pool_layout()
+        return SharedRows(self._table_layouts(), pool, device, self._factors(pool, fused_params))
+
+    def _factors(self, pool: PoolLayout | None, fused_params: dict[str, Any]) -> IdFactors | None:
+        if pool is None or self.group.weights_per_shard == 0:
+            return None
+        num_hashes = pool.kind.num_weight_hashes
+        weights = WeightTable(
+            pool.first_shard,
+            (pool.shards_held, self.group.weights_per_shard),
+            start=1 / num_hashes,
+            device=self._emb_module.current_device,
+            fused_params=fused_params,
+        )
+        return IdFactors(weights, num_hashes, self._emb_module)
 
     def _table_layouts(self) -> list[TableLayout]:
         layouts = []

@@ -81,7 +81,7 @@ class CompressedGroup:
         second_rows_per_shard: rows of a virtual shard that medium ids add to their shared row.
         buckets_per_shard: sketch buckets of a virtual shard.
         token_rows_per_shard: token rows of a virtual shard, of :class:`MemRec`.
-        weights_per_shard: weights of a virtual shard, of :class:`MemRec`.
+        weights_per_shard: weights of a virtual shard.
     """
 
     name: str

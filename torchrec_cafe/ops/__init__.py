@@ -27,6 +27,7 @@ from torchrec_cafe.ops.hot_sketch import (
     observe,
     rebalance,
 )
+from torchrec_cafe.ops.key_factors import key_factors, key_factors_backward, row_dots
 from torchrec_cafe.ops.learning import learn
 from torchrec_cafe.ops.pool_rows import (
     Lookups,
@@ -73,6 +74,8 @@ __all__ = [
     "bloom_weigh",
     "bloom_weigh_backward",
     "first_mixed_id",
+    "key_factors",
+    "key_factors_backward",
     "learn",
     "mix_ids",
     "move_rows",
@@ -80,4 +83,5 @@ __all__ = [
     "quotient_remainder",
     "rebalance",
     "remap",
+    "row_dots",
 ]

@@ -7,11 +7,13 @@ from torchrec_cafe.tables.mem_rec import MemRecLayout, MemRecRows, MemRecSamples
 from torchrec_cafe.tables.mem_rec_dense import DenseMemRecBags
 from torchrec_cafe.tables.rows import QuotientRemainderRows, RowLookup, SharedRows, TableLayout
 from torchrec_cafe.tables.state import ShardedState
+from torchrec_cafe.tables.weights import IdFactors, WeightTable
 
 __all__ = [
     "CompressedBags",
     "DenseMemRecBags",
     "HotRowPool",
+    "IdFactors",
     "MemRecLayout",
     "MemRecRows",
     "MemRecSamples",
@@ -22,5 +24,6 @@ __all__ = [
     "ShardedState",
     "SharedRows",
     "TableLayout",
+    "WeightTable",
     "sample_vectors",
 ]

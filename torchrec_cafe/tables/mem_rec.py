@@ -28,9 +28,7 @@ from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.rows import BagRows, RowLookup, TableLayout
 from torchrec_cafe.tables.state import ShardedState
-
-# Of the TBE of the weights: it has its own precision, and its output is not used.
-_OTHER_PARAMS = frozenset({"output_dtype"})
+from torchrec_cafe.tables.weights import WeightTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,96 +74,6 @@ def start_of_weights(kind: MemRec, num_features: int) -> float:
     return 1 / (tokens * kind.num_weight_hashes)
 
 
-class TokenWeights(ShardedState):
-    """The weights of a rank, in a TBE of their own that trains them as the rows are trained.
-
-    A row of that TBE has four of them, which share the state of a row-wise optimizer.
-
-    Args:
-        layout: where the weights lie.
-        tables: int64 ``[F, 5]``, as :func:`torchrec_cafe.ops.bloom_weigh` takes them.
-        fused_params: the optimizer's arguments, as of the TBE of the rows.
-        start: what every weight starts at.
-    """
-
-    def __init__(
-        self, layout: MemRecLayout, tables: Tensor, fused_params: dict[str, Any], start: float
-    ) -> None:
-        """Allocate the weights on the device of ``tables``; see the class."""
-        self._layout = layout
-        self._tables = tables
-        self._num_rows = layout.shards_held * layout.weights_per_shard // WEIGHTS_PER_ROW
-        self.tbe = RowRangeTBE(
-            [self._num_rows],
-            WEIGHTS_PER_ROW,
-            weights_precision=SparseType.FP32,
-            device=tables.device,
-            fused_params={k: v for k, v in fused_params.items() if k not in _OTHER_PARAMS},
-        )
-        with torch.no_grad():
-            self.table.fill_(start)
-
-    @property
-    def first_shard(self) -> int:
-        """Global number of the rank's first virtual shard."""
-        return self._layout.first_shard
-
-    @property
-    def table(self) -> Tensor:
-        """The weights, float32 ``[S, W]``, not copied."""
-        return self._by_shard(self.tbe.split_embedding_weights()[0])
-
-    def _by_shard(self, rows: Tensor) -> Tensor:
-        """Rows of four weights, or of their optimizer state, as ``[S, ...]``."""
-        per_row = rows.shape[1:].numel()
-        per_shard = self._layout.weights_per_shard // WEIGHTS_PER_ROW * per_row
-        return rows.view(self._layout.shards_held, per_shard)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the weights."""
-        return self.table.numel() * self.table.element_size()
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Weights and their optimizer state, not copied."""
-        states = {
-            f"weight_table.{name}": self._by_shard(state)
-            for of_table in self.tbe.get_optimizer_state()
-            for name, state in of_table.items()
-            if state.dim() > 0 and len(state) == self._num_rows  # a row's, not the step's
-        }
-        return {"weight_table": self.table} | states
-
-    def reload(self) -> None:
-        """Nothing else depends on the tensors."""
-
-    def of(self, ids: Tensor, offsets: Tensor) -> Tensor:
-        """The factor of each id; see :func:`torchrec_cafe.ops.bloom_weigh`."""
-        bits = self._layout.weight_bits
-        return bloom_weigh(self.table, ids, offsets, self._tables, bits)
-
-    def of_samples(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, BitsOfSamples]:
-        """The factor of each sample, float32 ``[B]``, and the weights that it is the sum of."""
-        found = bloom_union(ids, offsets, self._tables, self._layout.weight_bits, of="weights")
-        weights = self.table.view(-1).index_select(0, found.bits)
-        return torch.segment_reduce(weights, "sum", offsets=found.offsets, initial=0.0), found
-
-    def train(self, rows: Tensor, grads: Tensor, learning_rate: float) -> None:
-        """Let the optimizer step on the weights that a batch has hit.
-
-        Args:
-            rows: int64 ``[U]``, rows of four weights, which may repeat.
-            grads: float32 ``[U, 4]``, their gradients.
-            learning_rate: of this step.
-        """
-        if self.tbe.get_learning_rate() != learning_rate:
-            self.tbe.set_learning_rate(learning_rate)
-        with torch.enable_grad():
-            starts = torch.arange(len(rows) + 1, device=rows.device)
-            looked_up = self.tbe(indices=rows, offsets=starts)
-        looked_up.backward(grads)
-
-
 class MemRecLookup(RowLookup, ABC):
     """Token rows and weights that ids of all tables share.
 
@@ -188,8 +96,13 @@ class MemRecLookup(RowLookup, ABC):
         super().__init__(tables, tbe.current_device)
         self._layout = layout
         self._tbe = (tbe,)  # hidden from nn.Module: it is a module of the bags
-        start = start_of_weights(layout.kind, self.num_features)
-        self.weights = TokenWeights(layout, self._tables, fused_params, start)
+        self.weights = WeightTable(
+            layout.first_shard,
+            (layout.shards_held, layout.weights_per_shard),
+            start=start_of_weights(layout.kind, self.num_features),
+            device=tbe.current_device,
+            fused_params=fused_params,
+        )
 
     @property
     def state(self) -> ShardedState | None:
@@ -204,7 +117,8 @@ class MemRecRows(MemRecLookup):
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
         """Find the rows; see the base class."""
         found = bloom_rows(ids, offsets, self._tables, self._layout.token_bits)
-        factors = self.weights.of(ids, offsets)
+        bits = self._layout.weight_bits
+        factors = bloom_weigh(self.weights.table, ids, offsets, self._tables, bits)
         if weights is not None:
             factors = factors * weights
         given = None if weights is None else weights.detach()
@@ -286,7 +200,9 @@ class MemRecSamples(MemRecLookup):
         if weights is not None:
             raise ValueError("MemRec(per='sample') takes no weighted features, got weights")
         found = bloom_union(ids, offsets, self._tables, self._layout.token_bits, of="rows")
-        scales, hit = self.weights.of_samples(ids, offsets)
+        hit = bloom_union(ids, offsets, self._tables, self._layout.weight_bits, of="weights")
+        weights_hit = self.weights.table.view(-1).index_select(0, hit.bits)
+        scales = torch.segment_reduce(weights_hit, "sum", offsets=hit.offsets, initial=0.0)
         if torch.is_grad_enabled():
             scales.requires_grad_()
             scales.register_hook(torch.no_grad()(lambda grad: self._learn(grad, hit)))

@@ -17,6 +17,7 @@ from torchrec_cafe.ops import (
     TABLE_COLUMNS,
     HotRows,
     Lookups,
+    Remapped,
     add_second_rows,
     first_mixed_id,
     quotient_remainder,
@@ -24,7 +25,8 @@ from torchrec_cafe.ops import (
 )
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
-from torchrec_cafe.tables.state import ShardedState
+from torchrec_cafe.tables.state import JointState, ShardedState
+from torchrec_cafe.tables.weights import IdFactors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +177,19 @@ class SharedRows(RowLookup):
         tables: the tables, in the order of the TBE's row ranges.
         pool: where the hot rows lie, or ``None``; they are the last row range.
         device: device of the ids.
+        factors: scales the rows of each id that the pool tracks; ``None``: nothing does.
     """
 
     def __init__(
-        self, tables: Sequence[TableLayout], pool: PoolLayout | None, device: torch.device
+        self,
+        tables: Sequence[TableLayout],
+        pool: PoolLayout | None,
+        device: torch.device,
+        factors: IdFactors | None = None,
     ) -> None:
         """Lay out the tables; see the class."""
         super().__init__(tables, device)
+        self._factors = factors
         self._no_hot_rows = HotRows.none(device)
         self.pool: HotRowPool | None = None
         if pool is not None:
@@ -196,27 +204,44 @@ class SharedRows(RowLookup):
 
     @property
     def state(self) -> ShardedState | None:
-        """The pool's."""
-        return self.pool
+        """The pool's, and the weights'."""
+        if self.pool is None or self._factors is None:
+            return self.pool
+        return JointState([self.pool, self._factors.weights])
 
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
         """Find the rows; see the base class."""
         hot = self._no_hot_rows if self.pool is None else self.pool.hot_rows()
-        batch = remap(ids, offsets, self._tables, hot, with_source=weights is not None)
+        scaled = weights is not None or self._factors is not None
+        batch = remap(ids, offsets, self._tables, hot, with_source=scaled)
         found = Lookups(batch.rows, batch.offsets, batch.source)
         if hot.rows.second_rows_per_shard > 0:
             found = add_second_rows(batch, hot.rows)
-        factors = None if weights is None else weights[found.source]
-        pool = self.pool
-        if pool is None or not self.training:
-            return BagRows(found.rows, found.offsets, factors)
-        given = None if weights is None else weights.detach()
+        scales = weights
+        if self._factors is not None:
+            own = self._factors.of(batch)
+            scales = own if weights is None else own * weights
+        of_rows = None if scales is None else scales.index_select(0, found.source)
+        if self._factors is None and (self.pool is None or not self.training):
+            return BagRows(found.rows, found.offsets, of_rows)
+        looked = _Looked(batch, found, None if weights is None else weights.detach())
         return BagRows(
-            found.rows,
-            found.offsets,
-            factors,
-            lambda grad: pool.learn(grad, offsets, batch, given),
+            found.rows, found.offsets, of_rows, lambda grad: self._learn(grad, offsets, looked)
         )
+
+    def _learn(self, grad: Tensor, offsets: Tensor, looked: _Looked) -> None:
+        if self.pool is not None and self.training:
+            self.pool.learn(grad, offsets, looked.batch, looked.given)
+        if self._factors is not None:
+            self._factors.learn(grad, looked.found, looked.batch, looked.given)
+
+
+class _Looked(NamedTuple):
+    """What was looked up, and the user's factor of each id."""
+
+    batch: Remapped
+    found: Lookups
+    given: Tensor | None
 
 
 @final

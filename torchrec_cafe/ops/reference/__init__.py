@@ -30,6 +30,9 @@ from torchrec_cafe.ops.reference.mem_rec import (
     bloom_union,
     bloom_weigh,
     bloom_weigh_backward,
+    key_factors,
+    key_factors_backward,
+    row_dots,
 )
 
 __all__ = [
@@ -47,6 +50,8 @@ __all__ = [
     "find",
     "hash64",
     "insert",
+    "key_factors",
+    "key_factors_backward",
     "l2_norms",
     "learn",
     "mix_id",
@@ -56,5 +61,6 @@ __all__ = [
     "quotient_remainder",
     "rebalance",
     "remap",
+    "row_dots",
     "second_row",
 ]

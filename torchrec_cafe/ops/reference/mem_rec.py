@@ -19,8 +19,13 @@ def bloom_bits(id_: int, table: list[int], bits: BloomBits, first_pair: int) -> 
     num_ids, num_shards, first_id, _, index = table
     mixed_id = first_id + id_
     shard = mixed_id * num_shards // num_ids - bits.first_shard
-    first = min(max(shard, 0), bits.shards_held - 1) * bits.per_shard
-    key = index << 48 | mixed_id
+    held = min(max(shard, 0), bits.shards_held - 1)
+    return bits_of_key(index << 48 | mixed_id, held, bits, first_pair)
+
+
+def bits_of_key(key: int, shard: int, bits: BloomBits, first_pair: int) -> list[int]:
+    """The bits that a key sets in a shard of the rank, each once."""
+    first = shard * bits.per_shard
     found = []
     for i in range(bits.num_hashes):
         hashes = hash64(key ^ hash64(first_pair + i // 2 + 1))  # two functions: its halves
@@ -159,3 +164,49 @@ def bloom_pool(  # noqa: PLR0913  as many as torchrec_cafe.ops.bloom_pool
     for bag, row, source in zip(bags.tolist(), found.rows, found.source, strict=True):
         pooled[bag] += factors[source] * rows[row].float()
     return pooled.view(-1, len(tables) * rows.shape[1])
+
+
+def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: int) -> Tensor:
+    """See :func:`torchrec_cafe.ops.key_factors`; differentiable."""
+    flat = weights.flatten()
+    factors = [flat.new_zeros(0)]
+    for found in _bits_of_keys(keys, shards, tuple(weights.shape), num_hashes):
+        total = flat.new_full((1,), 0.0 if found else 1.0)
+        for bit in found:
+            total = total + flat[bit]
+        factors.append(total)
+    return torch.cat(factors)
+
+
+def _bits_of_keys(
+    keys: Tensor, shards: Tensor, shape: tuple[int, ...], num_hashes: int
+) -> list[list[int]]:
+    """The weights of each key, none where the shard is -1."""
+    bits = BloomBits(first_shard=0, shards_held=shape[0], per_shard=shape[1], num_hashes=num_hashes)
+    return [
+        bits_of_key(key, shard, bits, WEIGHT_PAIRS) if shard >= 0 else []
+        for key, shard in zip(keys.tolist(), shards.tolist(), strict=True)
+    ]
+
+
+def key_factors_backward(
+    grad: Tensor, keys: Tensor, shards: Tensor, *, shape: tuple[int, int], num_hashes: int
+) -> tuple[Tensor, Tensor]:
+    """See :func:`torchrec_cafe.ops.key_factors_backward`, as on a CPU."""
+    sums = grad.new_zeros(shape[0] * shape[1])
+    touched = torch.zeros(len(sums), dtype=torch.bool)
+    for value, found in zip(grad, _bits_of_keys(keys, shards, shape, num_hashes), strict=True):
+        for bit in found:
+            sums[bit] += value
+            touched[bit] = True
+    hit = touched.view(-1, WEIGHTS_PER_ROW).any(1).nonzero().flatten()
+    return hit, sums.view(-1, WEIGHTS_PER_ROW)[hit]
+
+
+def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, num_ids: int) -> Tensor:
+    """See :func:`torchrec_cafe.ops.row_dots`."""
+    dots = grad.new_zeros(num_ids)
+    for bag in range(len(found.offsets) - 1):
+        for m in range(int(found.offsets[bag]), int(found.offsets[bag + 1])):
+            dots[found.source[m]] += row_dot(grad[bag], table[found.rows[m]].float())
+    return dots

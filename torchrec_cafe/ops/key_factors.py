@@ -1,0 +1,157 @@
+"""Learned factors of the ids that a pool tracks, from weights as MEM-REC has them.
+
+Shape legend: N ids, M rows, S virtual shards of a rank, W weights a shard, D columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
+from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
+from torchrec_cafe.ops.pool_rows import Lookups
+
+
+def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: int) -> Tensor:
+    """Add up the weights of each key; a weight that two hash functions hit counts once.
+
+    Args:
+        weights: float32 ``[S, W]``, W a multiple of 4.
+        keys: int64 ``[N]``, as :func:`remap` gives them.
+        shards: int32 ``[N]``, the key's shard of this rank, in [0, S), or -1: it has no weights.
+        num_hashes: weights of a key, in [1, 16]; ``num_hashes * N < 2**31``.
+
+    Returns:
+        float32 ``[N]``; 1 where the shard is -1.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape or a number is not the one above, or the devices differ. On CUDA a
+            shard out of range counts as -1.
+
+    Note:
+        Deterministic, and the same on every device. Nothing is mutated. Not differentiable by
+        autograd: see :func:`key_factors_backward`.
+
+    Reference: MEM-REC (ACML 2023), section 3: the weight encoder.
+    """
+    op = "key_factors"
+    try:
+        return torch.ops.torchrec_cafe.key_factors.default(weights, keys, shards, num_hashes)
+    except RuntimeError as error:
+        check_tensor(op, "weights", weights, torch.float32, (None, None))
+        _check_keys(op, keys, shards, weights=weights)
+        raise value_error(op, error) from None
+
+
+def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, num_ids: int) -> Tensor:
+    """Multiply the gradient of each bag with its rows, and add up what belongs to an id.
+
+    That is the gradient of the factor by which an id's rows are scaled.
+
+    Args:
+        grad: float32 ``[bags, D]``, of the pooled bags.
+        table: float32 or float16 ``[R, D]``, physical rows.
+        found: the rows of the bags, each in [0, R), and their ids, in [0, num_ids); the rows of an
+            id lie side by side.
+        num_ids: N, >= 0.
+
+    Returns:
+        float32 ``[N]``; 0 for an id without rows.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape or a number is not the one above, or the devices differ. On CUDA rows
+            and ids out of range are passed over.
+
+    Note:
+        Deterministic for any number of threads. Nothing is mutated.
+    """
+    op = "row_dots"
+    try:
+        return torch.ops.torchrec_cafe.row_dots.default(
+            grad, table, found.rows, found.offsets, found.source, num_ids
+        )
+    except RuntimeError as error:
+        if table.dtype not in (torch.float32, torch.float16):
+            raise TypeError(
+                f"{op}: `table` must be torch.float32 or torch.float16, got {table.dtype}"
+            ) from None
+        check_tensor(op, "table", table, table.dtype, (None, None))
+        check_tensor(op, "rows", found.rows, torch.int64, (None,))
+        check_tensor(op, "offsets", found.offsets, torch.int64, (None,))
+        check_tensor(op, "source", found.source, torch.int32, (found.rows.numel(),))
+        shape = (found.offsets.numel() - 1, table.shape[1])
+        check_tensor(op, "grad", grad, torch.float32, shape)
+        check_same_device(op, grad=grad, table=table, rows=found.rows, source=found.source)
+        raise value_error(op, error) from None
+
+
+def key_factors_backward(
+    grad: Tensor, keys: Tensor, shards: Tensor, *, shape: tuple[int, int], num_hashes: int
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the weights, from that of the factors, by rows of four weights.
+
+    Args:
+        grad: float32 ``[N]``, of the factors.
+        keys: as :func:`key_factors` takes them.
+        shards: as :func:`key_factors` takes them.
+        shape: S and W of the weights.
+        num_hashes: as :func:`key_factors` takes it.
+
+    Returns:
+        int64 ``[U]``, rows of the weights viewed as ``[S * W / 4, 4]``; float32 ``[U, 4]``, their
+        gradients. On a CPU the rows that the keys hit, each once, ascending. On CUDA
+        ``U = N * num_hashes`` and rows repeat: their gradients are to be added up, as FBGEMM does.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: as :func:`key_factors`.
+
+    Note:
+        Deterministic for any number of threads. Nothing is mutated.
+    """
+    op = "key_factors_backward"
+    try:
+        return torch.ops.torchrec_cafe.key_factors_backward.default(
+            grad, keys, shards, *shape, num_hashes
+        )
+    except RuntimeError as error:
+        _check_keys(op, keys, shards, grad=grad)
+        check_tensor(op, "grad", grad, torch.float32, tuple(keys.shape))
+        raise value_error(op, error) from None
+
+
+def _check_keys(op: str, keys: Tensor, shards: Tensor, **others: Tensor) -> None:
+    check_tensor(op, "keys", keys, torch.int64, (None,))
+    check_tensor(op, "shards", shards, torch.int32, tuple(keys.shape))
+    check_same_device(op, keys=keys, shards=shards, **others)
+
+
+@torch.library.register_fake("torchrec_cafe::key_factors")
+def _(weights: Tensor, keys: Tensor, shards: Tensor, num_hashes: int) -> Tensor:
+    check_same_device("key_factors", weights=weights, keys=keys, shards=shards)
+    return weights.new_empty(keys.shape[0])
+
+
+@torch.library.register_fake("torchrec_cafe::key_factors_backward")
+def _(  # noqa: PLR0913  the schema has as many arguments
+    grad: Tensor,
+    keys: Tensor,
+    shards: Tensor,
+    shards_held: int,
+    weights_per_shard: int,
+    num_hashes: int,
+) -> tuple[Tensor, Tensor]:
+    check_same_device("key_factors_backward", grad=grad, keys=keys, shards=shards)
+    size = torch.library.get_ctx().new_dynamic_size()
+    return keys.new_empty(size), grad.new_empty((size, WEIGHTS_PER_ROW))
+
+
+@torch.library.register_fake("torchrec_cafe::row_dots")
+def _(  # noqa: PLR0913  the schema has as many arguments
+    grad: Tensor, table: Tensor, rows: Tensor, offsets: Tensor, source: Tensor, num_ids: int
+) -> Tensor:
+    check_same_device("row_dots", grad=grad, table=table, rows=rows, source=source)
+    return grad.new_empty(num_ids)

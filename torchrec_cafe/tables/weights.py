@@ -1,0 +1,152 @@
+"""Weights that scale rows, and how they learn.
+
+Shape legend: S virtual shards of the rank, W weights a shard, D columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
+from torch import Tensor
+
+from torchrec_cafe.ops import Lookups, Remapped, key_factors, key_factors_backward, row_dots
+from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
+from torchrec_cafe.tables._fbgemm import RowRangeTBE
+from torchrec_cafe.tables.state import ShardedState
+
+# Of the TBE of the weights: it has its own precision, and its output is not used.
+_OTHER_PARAMS = frozenset({"output_dtype"})
+
+
+@final
+class WeightTable(ShardedState):
+    """The weights of a rank, in a TBE of their own that trains them as the rows are trained.
+
+    A row of that TBE has four of them, which share the state of a row-wise optimizer.
+
+    Args:
+        first_shard: global number of the rank's first virtual shard.
+        shape: S, and W, a positive multiple of 4.
+        start: what every weight starts at.
+        device: where they live.
+        fused_params: the optimizer's arguments, as of the TBE of the rows.
+    """
+
+    def __init__(
+        self,
+        first_shard: int,
+        shape: tuple[int, int],
+        *,
+        start: float,
+        device: torch.device,
+        fused_params: dict[str, Any],
+    ) -> None:
+        """Allocate the weights; see the class."""
+        self._first_shard = first_shard
+        self.shape = shape
+        self._num_rows = shape[0] * shape[1] // WEIGHTS_PER_ROW
+        self.tbe = RowRangeTBE(
+            [self._num_rows],
+            WEIGHTS_PER_ROW,
+            weights_precision=SparseType.FP32,
+            device=device,
+            fused_params={k: v for k, v in fused_params.items() if k not in _OTHER_PARAMS},
+        )
+        with torch.no_grad():
+            self.table.fill_(start)
+
+    @property
+    def first_shard(self) -> int:
+        """Global number of the rank's first virtual shard."""
+        return self._first_shard
+
+    @property
+    def table(self) -> Tensor:
+        """The weights, float32 ``[S, W]``, not copied."""
+        return self._by_shard(self.tbe.split_embedding_weights()[0])
+
+    def _by_shard(self, rows: Tensor) -> Tensor:
+        """Rows of four weights, or of their optimizer state, as ``[S, ...]``."""
+        per_row = rows.shape[1:].numel()
+        return rows.view(self.shape[0], self.shape[1] // WEIGHTS_PER_ROW * per_row)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights."""
+        return self.table.numel() * self.table.element_size()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Weights and their optimizer state, not copied."""
+        states = {
+            f"weight_table.{name}": self._by_shard(state)
+            for of_table in self.tbe.get_optimizer_state()
+            for name, state in of_table.items()
+            if state.dim() > 0 and len(state) == self._num_rows  # a row's, not the step's
+        }
+        return {"weight_table": self.table} | states
+
+    def reload(self) -> None:
+        """Nothing else depends on the tensors."""
+
+    def train(self, rows: Tensor, grads: Tensor, learning_rate: float) -> None:
+        """Let the optimizer step on the weights that a batch has hit.
+
+        Args:
+            rows: int64 ``[U]``, rows of four weights, which may repeat.
+            grads: float32 ``[U, 4]``, their gradients.
+            learning_rate: of this step.
+        """
+        if self.tbe.get_learning_rate() != learning_rate:
+            self.tbe.set_learning_rate(learning_rate)
+        with torch.enable_grad():
+            starts = torch.arange(len(rows) + 1, device=rows.device)
+            looked_up = self.tbe(indices=rows, offsets=starts)
+        looked_up.backward(grads)
+
+
+@final
+class IdFactors:
+    """A learned factor for every id that a pool tracks: the sum of some weights.
+
+    Ids that share a row differ in it. It stays with the id when that is promoted or demoted.
+
+    Args:
+        weights: they start at ``1 / num_hashes``, so that factors start at about one.
+        num_hashes: weights of an id, in [1, 16].
+        tbe: holds the rows that are scaled.
+    """
+
+    def __init__(self, weights: WeightTable, num_hashes: int, tbe: RowRangeTBE) -> None:
+        """Join them; see the class."""
+        self.weights = weights
+        self._num_hashes = num_hashes
+        self._tbe = tbe
+
+    def of(self, batch: Remapped) -> Tensor:
+        """The factor of each id of a batch, float32 ``[N]``; 1 for ids that are not tracked."""
+        table = self.weights.table
+        return key_factors(table, batch.keys, batch.shards, num_hashes=self._num_hashes)
+
+    def learn(self, grad: Tensor, found: Lookups, batch: Remapped, given: Tensor | None) -> None:
+        """Train the weights, before FBGEMM changes the rows that they were multiplied with.
+
+        Args:
+            grad: ``[B * F, D]``, gradient of the pooled bags.
+            found: the rows that were looked up, with their ids.
+            batch: the ids.
+            given: float32 ``[N]``, further factor of each id; ``None``: all one.
+        """
+        table = self._tbe.physical_tensors()[0]
+        of_ids = row_dots(grad.float().contiguous(), table, found, num_ids=len(batch.keys))
+        if given is not None:
+            of_ids *= given
+        rows, grads = key_factors_backward(
+            of_ids,
+            batch.keys,
+            batch.shards,
+            shape=self.weights.shape,
+            num_hashes=self._num_hashes,
+        )
+        self.weights.train(rows, grads, self._tbe.get_learning_rate())
