@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.mem_rec_counters`` runs the forward pass of :mod:`benchmarks.mem_rec` (120
 uniform ids a bag, 8 GiB of full tables against MEM-REC) under ``valgrind --tool=cachegrind`` with
-the caches of the machine given, on one thread, for two and for four batches: the difference is what
-two batches cost once the caches are warm. For machines whose own counters cannot be read.
+the caches of the machine given, on one thread, for one batch and for two: the difference is what a
+batch costs once the caches are warm. For machines whose own counters cannot be read.
 
 Cachegrind has two levels, the first and the last, fetches nothing ahead and runs AVX2 at most.
 """
@@ -61,7 +61,7 @@ def _child(name: str, gib: float, batches: int) -> None:
     rows = round(gib * 2**30 / (NUM_TABLES * DIM * 4))
     lookup = _lookup(name, rows)
     with torch.no_grad():
-        for batch in _CASE.batches(rows, 4)[:batches]:
+        for batch in _CASE.batches(rows, 2)[:batches]:
             lookup(batch)
 
 
@@ -104,10 +104,10 @@ def main() -> None:
     if shutil.which("valgrind") is None:
         sys.exit("error: valgrind not found; install it")
     caches = [f"--D1={options.d1}", f"--LL={options.last}"]
-    ids = 2 * BATCH * NUM_TABLES * _CASE.pooling
+    ids = BATCH * NUM_TABLES * _CASE.pooling
     rows: list[Row] = []
     for name in tqdm([FULL, *(lookup_name(*kept) for kept in TOKEN_TABLES)], desc="tables"):
-        few, many = (_count(name, options.gib, batches, caches) for batches in (2, 4))
+        few, many = (_count(name, options.gib, batches, caches) for batches in (1, 2))
         for title, events in EVENTS.items():
             per_id = sum(many[event] - few[event] for event in events) / ids
             rows.append(Row(f"{_CASE}/{name}/{title}", per_id, "an id"))
