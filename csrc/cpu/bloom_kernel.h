@@ -305,6 +305,20 @@ void pool_bags(const BloomLookup& in, int64_t feature, int64_t first, int64_t la
   for (++bag; bag < last; ++bag) begin_bag();  // empty ones at the end
 }
 
+typedef float EightFloats __attribute__((vector_size(32)));
+typedef float FourFloats __attribute__((vector_size(16)));
+
+// The sum of sixteen floats: the upper half is added to the lower, four times.
+inline float add_up(const Floats& sums) {
+  EightFloats eight[2];
+  std::memcpy(eight, &sums, sizeof(eight));
+  const EightFloats halved = eight[0] + eight[1];
+  FourFloats four[2];
+  std::memcpy(four, &halved, sizeof(four));
+  const FourFloats quarter = four[0] + four[1];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
 // The scalar product of two rows, in an order of additions that no instruction set changes.
 template <typename T>
 inline float dot(const float* left, const T* right, int64_t dim) {
@@ -316,13 +330,9 @@ inline float dot(const float* left, const T* right, int64_t dim) {
     load(right + d, y);
     sums += x * y;
   }
-  float parts[kFloats];
-  std::memcpy(parts, &sums, sizeof(parts));
-  for (int half = kFloats / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-  }
-  for (; d < dim; ++d) parts[0] += left[d] * to_float(right[d]);
-  return parts[0];
+  float total = add_up(sums);
+  for (; d < dim; ++d) total += left[d] * to_float(right[d]);
+  return total;
 }
 
 template <typename T>
