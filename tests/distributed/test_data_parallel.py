@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_cafe as tc
 from tests.distributed import models, tasks
@@ -108,3 +110,65 @@ def test_other_kinds_have_no_replicas(kind: str):
     constraint = tc.ParameterConstraints(table=models.KINDS[kind], sharding_types=["data_parallel"])
     with pytest.raises(ValueError, match="table 't_big': a .* table can be sharded row_wise or"):
         models.planner({"t_big": constraint}, 2)
+
+
+def _shardings() -> dict[str, Any]:
+    """A table of each sharding."""
+    cafe = models.CAFE
+    return {
+        "t_big": tc.ParameterConstraints(table=cafe),
+        "t_small": tc.ParameterConstraints(
+            table=tc.Hash(compression=2), sharding_types=["table_wise"]
+        ),
+        "t_hash": tc.ParameterConstraints(
+            table=tc.MemRec(compression=7), sharding_types=["data_parallel"]
+        ),
+        "t_fused": tc.ParameterConstraints(
+            table=tc.Cafe(compression=3, num_shards=2), sharding_types=["table_wise"]
+        ),
+    }
+
+
+class _Sum(nn.Module):
+    """Looks up, and pulls every vector towards one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = models.collection()
+
+    def forward(self, batch: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        loss = (self.tables(batch).values() - 1).pow(2).sum(1).mean()
+        return loss, loss.detach()
+
+
+def _loops() -> tuple[list[float], list[float]]:
+    """Losses of TorchRec's pipeline, and of a plain loop."""
+    losses: list[list[float]] = []
+    for pipelined in (True, False):
+        torch.manual_seed(0)
+        model = models.sharded(_Sum(), _shardings(), EmbOptimType.EXACT_SGD)
+        dense = KeyedOptimizerWrapper(
+            dict(in_backward_optimizer_filter(model.named_parameters())),
+            lambda given: torch.optim.SGD(given, lr=0.5),
+        )
+        models.set_weights(model)
+        batches = models.batches(20, 16)
+        losses.append([])
+        if pipelined:
+            pipeline = TrainPipelineSparseDist(model, dense, torch.device("cpu"))
+            for _ in range(20):
+                losses[-1].append(float(pipeline.progress(batches)))
+            continue
+        for batch in batches:
+            dense.zero_grad()
+            loss, _ = model(batch)
+            loss.backward()
+            dense.step()
+            losses[-1].append(float(loss.detach()))
+    return losses[0], losses[1]
+
+
+def test_every_sharding_trains_in_torchrecs_pipeline(tmp_path: Path):
+    for pipelined, plain in run_ranks(2, tmp_path, _loops):
+        assert pipelined == pytest.approx(plain, rel=1e-5)
+        assert sum(pipelined[-5:]) < 0.8 * sum(pipelined[:5])
