@@ -89,7 +89,8 @@ std::tuple<Tensor, Tensor> bloom_union_cuda(const Tensor& ids, const Tensor& off
   const cudaStream_t stream = current_stream(ids);
   const Batch batch(ids, offsets, tables);
   Tensor out_offsets = torch::stable::new_zeros(offsets, {batch.batch_size + 1});
-  if (ids.numel() == 0) return {torch::stable::new_zeros(ids, {0}), out_offsets};
+  if (ids.numel() == 0 || batch.num_bags() == 0)
+    return {torch::stable::new_zeros(ids, {0}), out_offsets};
   const BloomEncoder encoder(first_shard, shards_held, bits_per_shard, num_hashes,
                              static_cast<int>(first_pair));
   const int64_t per_sample = shards_held * bits_per_shard;

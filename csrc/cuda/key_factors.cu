@@ -112,15 +112,19 @@ Tensor row_dots_cuda(const Tensor& grad, const Tensor& table, const Tensor& rows
   return dots;
 }
 
-// Entry i * num_hashes + j is weight j of key i; one that sets no new bit, or has no weights, has
-// gradient 0.
+// Entry i * num_hashes + j is weight j of key i; one that sets no new bit has gradient 0. Those of
+// a key without weights have the row after the last, and gradient 0.
 __global__ void factors_backward_kernel(Keys keys, BloomEncoder encoder,
                                         const float* __restrict__ grad, int64_t* __restrict__ rows,
                                         float* __restrict__ grads) {
   for (int64_t i = first_index(); i < keys.size; i += index_stride()) {
-    if (!keys.has_weights(i)) continue;
     int64_t bits[kMaxHashes];
-    const int size = encoder.encode_key(keys.keys[i], keys.shards[i], bits);
+    int size = 0;
+    if (keys.has_weights(i)) {
+      size = encoder.encode_key(keys.keys[i], keys.shards[i], bits);
+    } else {
+      bits[0] = encoder.shards_held * encoder.bits_per_shard;
+    }
     for (int j = 0; j < encoder.num_hashes; ++j) {
       const int64_t at = i * encoder.num_hashes + j;
       const int64_t bit = bits[j < size ? j : 0];
@@ -141,7 +145,7 @@ std::tuple<Tensor, Tensor> key_factors_backward_cuda(const Tensor& grad, const T
   check_device(grad, keys);
   STD_TORCH_CHECK(grad.numel() == keys.numel(), "`grad` must have as many elements as `keys`");
   const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
-  const int64_t size = shards_held == 0 ? 0 : keys.numel() * num_hashes;
+  const int64_t size = keys.numel() * num_hashes;
   Tensor rows = torch::stable::new_zeros(keys, {size});
   Tensor grads = torch::stable::new_zeros(grad, {size, kWeightsPerRow});
   if (size == 0) return {rows, grads};

@@ -103,7 +103,8 @@ def key_factors_backward(
     Returns:
         int64 ``[U]``, rows of the weights viewed as ``[S * W / 4, 4]``; float32 ``[U, 4]``, their
         gradients. On a CPU the rows that the keys hit, each once, ascending. On CUDA
-        ``U = N * num_hashes`` and rows repeat: their gradients are to be added up, as FBGEMM does.
+        ``U = N * num_hashes`` and rows repeat: their gradients are to be added up, as FBGEMM does;
+        keys without weights give row ``S * W / 4``, one past the last, with gradient 0.
 
     Raises:
         TypeError: if a dtype is not the one above.

@@ -47,8 +47,9 @@ class WeightTable(ShardedState):
         self._first_shard = first_shard
         self.shape = shape
         self._num_rows = shape[0] * shape[1] // WEIGHTS_PER_ROW
+        # The last row takes the place of those of ids without weights, see key_factors_backward.
         self.tbe = RowRangeTBE(
-            [self._num_rows],
+            [self._num_rows, 1],
             WEIGHTS_PER_ROW,
             weights_precision=SparseType.FP32,
             device=device,
@@ -81,8 +82,8 @@ class WeightTable(ShardedState):
         """Weights and their optimizer state, not copied."""
         states = {
             f"weight_table.{name}": self._by_shard(state)
-            for of_table in self.tbe.get_optimizer_state()
-            for name, state in of_table.items()
+            for of_rows in self.tbe.get_optimizer_state()[:1]  # none, if it has no state
+            for name, state in of_rows.items()
             if state.dim() > 0 and len(state) == self._num_rows  # a row's, not the step's
         }
         return {"weight_table": self.table} | states
