@@ -19,7 +19,9 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 import torchrec_cafe as tc
 from tests.distributed import models
 from tests.distributed.ranks import run_ranks
+from torchrec_cafe.config import TableKind, TableShape
 from torchrec_cafe.distributed import CompressedParameterSharding
+from torchrec_cafe.distributed.planner import planned_rows
 
 WORLD_SIZES = [1, 2, 3, 8]
 
@@ -84,6 +86,22 @@ def test_the_planner_counts_compressed_bytes():
         debug=False,
     ).plan(module, [models.sharder()])
     assert isinstance(plan.plan[""]["t_big"], CompressedParameterSharding)
+
+
+@pytest.mark.parametrize("sharding_type", ["row_wise", "table_wise"])
+@pytest.mark.parametrize("kind", [*models.KINDS.values(), models.HASH], ids=repr)
+def test_planned_rows_add_up_to_what_is_resident(kind: TableKind, sharding_type: str):
+    sizes = {"t_big": 50_000, "t_other": 20_000, "t_small": 12}
+    constraint = tc.ParameterConstraints(table=kind, sharding_types=[sharding_type])
+    plan = models.planner(dict.fromkeys(sizes, constraint), 2).plan(
+        models.collection(sizes), [models.sharder()]
+    )
+    group = plan.plan[""]["t_big"].group
+    planned = 32 * sum(planned_rows(group, name, 32) for name in sizes)
+    shapes = [
+        TableShape(name=name, num_embeddings=size, embedding_dim=8) for name, size in sizes.items()
+    ]
+    assert planned == pytest.approx(kind.allocate(shapes).memory.total_bytes, rel=0.005)
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,9 @@ class _PlanningSharder(EmbeddingBagCollectionSharder):
     def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
         parameters = super().shardable_parameters(module)
         for name, group in self._groups.get(id(module), {}).items():
-            rows = _planned_rows(group, name)
-            weight = torch.empty(
-                (rows, parameters[name].shape[1]), dtype=parameters[name].dtype, device="meta"
-            )
+            old = parameters[name]
+            rows = planned_rows(group, name, old.shape[1] * old.element_size())
+            weight = torch.empty((rows, old.shape[1]), dtype=old.dtype, device="meta")
             parameters[name] = nn.Parameter(weight)
         return parameters
 
@@ -79,22 +78,28 @@ class _PlanningSharder(EmbeddingBagCollectionSharder):
         return types + sorted(needed - set(types))
 
 
-def _planned_rows(group: CompressedGroup, name: str) -> int:
+def planned_rows(group: CompressedGroup, name: str, row_bytes: int) -> int:
     """Rows of a fused table that takes as many bytes as the table and its part of the pool.
 
-    The pool is divided between the tables in proportion to their ids, so that the estimates of a
-    group add up to its cost; a pool on one rank is the first table's.
+    Rows of the pool, sketch, maps and weights are divided between the tables in proportion to their
+    ids, so that the estimates of a group add up to its cost; of a pool that stays on one rank, all
+    is the first table's.
+
+    Args:
+        group: the table's group.
+        name: of the table.
+        row_bytes: bytes of a row.
     """
     table = group.table(name)
+    shared = sum(other.shared_rows for other in group.tables)
+    besides = group.resident_bytes / row_bytes - shared
     if group.stays_together:  # the first table stands for all, which follow it to its rank
-        if table != group.tables[0]:
-            return 1
-        return group.pool_rows + sum(t.shared_rows for t in group.tables)
+        return max(1, round(shared + besides)) if table == group.tables[0] else 1
     tracked = [t for t in group.tables if t.index >= 0]
     if table.index < 0 or not tracked:
         return table.shared_rows
     share = table.num_ids / sum(t.num_ids for t in tracked)
-    return max(1, table.shared_rows + round(group.pool_rows * share))
+    return max(1, table.shared_rows + round(besides * share))
 
 
 class EmbeddingShardingPlanner(TorchRecPlanner):

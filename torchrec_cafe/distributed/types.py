@@ -82,6 +82,7 @@ class CompressedGroup:
         buckets_per_shard: sketch buckets of a virtual shard.
         token_rows_per_shard: token rows of a virtual shard, of :class:`MemRec`.
         weights_per_shard: weights of a virtual shard.
+        resident_bytes: everything that must be resident for lookups, over all ranks.
     """
 
     name: str
@@ -94,6 +95,7 @@ class CompressedGroup:
     buckets_per_shard: int
     token_rows_per_shard: int
     weights_per_shard: int
+    resident_bytes: int
 
     @classmethod
     def from_allocation(
@@ -134,6 +136,7 @@ class CompressedGroup:
             buckets_per_shard=allocation.buckets_per_shard,
             token_rows_per_shard=allocation.token_rows_per_shard,
             weights_per_shard=allocation.weights_per_shard,
+            resident_bytes=allocation.memory.total_bytes,
         )
 
     @property
