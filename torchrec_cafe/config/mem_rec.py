@@ -24,9 +24,9 @@ from torchrec_cafe.config.memory import (
 
 #: What has one vector.
 PER = ("token", "sample")
-# Token rows of a virtual shard below which fewer shards are taken: ids collide within their shard.
-_FAIR_ROWS = 64
-_NUM_SHARDS = (64, 32, 16, 8, 4, 2, 1)
+# Virtual shards, unless a number is asked for: the first that leaves each so many token rows, since
+# ids collide within their shard. Small tables have a few, so that a few ranks can share them.
+_NUM_SHARDS = ((64, 64), (32, 64), (16, 64), (8, 8), (4, 8), (2, 8), (1, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +116,10 @@ class MemRec(TableKind):
 
     def _divide(self, tables: Sequence[TableShape]) -> Allocation | None:
         """What :meth:`allocate` returns, or ``None`` if the budget is too small."""
-        options = _NUM_SHARDS if self.num_shards is None else (self.num_shards,)
-        for num_shards in options:
+        options = _NUM_SHARDS if self.num_shards is None else ((self.num_shards, 1),)
+        for num_shards, least in options:
             rows, weights = self._per_shard(tables, num_shards)
-            if rows >= _FAIR_ROWS or (rows >= 1 and num_shards == options[-1]):
+            if rows >= least:
                 return _allocation(tables, num_shards, rows, weights)
         return None
 
