@@ -11,8 +11,9 @@ from torchrec.modules.embedding_configs import DataType
 
 import torchrec_cafe as tc
 from torchrec_cafe.config import TableShape, remainder_rows
+from torchrec_cafe.config import memory as constants
 from torchrec_cafe.config.hashing import fewest_rows
-from torchrec_cafe.ops import SketchState
+from torchrec_cafe.ops import SketchState, bloom
 
 
 def shapes(*sizes: int, dim: int = 16) -> list[TableShape]:
@@ -219,3 +220,12 @@ def test_too_much_compression_names_what_works():
     tc.Cafe(compression=largest).allocate(shapes(1_000_000, 50_000))
     with pytest.raises(ValueError, match="leave the table uncompressed"):
         tc.Cafe(compression=2).memory(3, 16, "float32")
+
+
+def test_constants_that_layers_may_not_share_agree():
+    assert constants.WEIGHTS_PER_ROW == bloom.WEIGHTS_PER_ROW
+    bits = bloom.BloomBits(
+        first_shard=0, shards_held=1, per_shard=4, num_hashes=constants.MAX_HASHES
+    )
+    table = torch.tensor([[5, 1, 0, 0, 0]])
+    bloom.bloom_rows(torch.arange(5), torch.arange(6), table, bits)  # and no more, says test_bloom

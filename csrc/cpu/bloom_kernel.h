@@ -6,10 +6,7 @@
 
 #include "bloom.h"
 #include "cpu/kernels.h"
-
-#if defined(__AVX512F__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "cpu/row_kernel.h"
 
 namespace torchrec_cafe {
 namespace {
@@ -112,46 +109,6 @@ void key_factors(const BloomEncoder& encoder, const int64_t* keys, const int32_t
     }
   }
 }
-
-inline float float_of_half(uint16_t half) {
-  // Exponent and mantissa move to their places; the product corrects the exponent's bias, also of
-  // numbers below the smallest normal one. Infinities and NaNs have the largest exponent.
-  const uint32_t magnitude = half & 0x7fffu;
-  uint32_t bits = magnitude << 13;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  value *= 0x1p112f;
-  std::memcpy(&bits, &value, 4);
-  bits |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  bits |= static_cast<uint32_t>(half & 0x8000u) << 16;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Sixteen floats: a vector register, or some.
-typedef float Floats __attribute__((vector_size(64)));
-constexpr int kFloats = 16;
-
-inline void load(const float* from, Floats& to) { std::memcpy(&to, from, sizeof(to)); }
-
-inline void load(const uint16_t* from, Floats& to) {
-#if defined(__AVX512F__)
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  const __m512 floats = _mm512_maskz_cvtph_ps(0xffff, halves);  // GCC 12 warns of the unmasked one
-  std::memcpy(&to, &floats, sizeof(to));
-#elif defined(__F16C__)
-  for (int part = 0; part < 2; ++part) {
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + part);
-    const __m256 floats = _mm256_cvtph_ps(halves);
-    std::memcpy(reinterpret_cast<char*>(&to) + 32 * part, &floats, 32);
-  }
-#else
-  for (int i = 0; i < kFloats; ++i) to[i] = float_of_half(from[i]);
-#endif
-}
-
-inline float to_float(float x) { return x; }
-inline float to_float(uint16_t half) { return float_of_half(half); }
 
 // A block of ids, encoded.
 struct EncodedBlock {
@@ -305,36 +262,6 @@ void pool_bags(const BloomLookup& in, int64_t feature, int64_t first, int64_t la
   for (++bag; bag < last; ++bag) begin_bag();  // empty ones at the end
 }
 
-typedef float EightFloats __attribute__((vector_size(32)));
-typedef float FourFloats __attribute__((vector_size(16)));
-
-// The sum of sixteen floats: the upper half is added to the lower, four times.
-inline float add_up(const Floats& sums) {
-  EightFloats eight[2];
-  std::memcpy(eight, &sums, sizeof(eight));
-  const EightFloats halved = eight[0] + eight[1];
-  FourFloats four[2];
-  std::memcpy(four, &halved, sizeof(four));
-  const FourFloats quarter = four[0] + four[1];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-}
-
-// The scalar product of two rows, in an order of additions that no instruction set changes.
-template <typename T>
-inline float dot(const float* left, const T* right, int64_t dim) {
-  Floats sums = {};
-  int64_t d = 0;
-  for (; d + kFloats <= dim; d += kFloats) {
-    Floats x, y;
-    load(left + d, x);
-    load(right + d, y);
-    sums += x * y;
-  }
-  float total = add_up(sums);
-  for (; d < dim; ++d) total += left[d] * to_float(right[d]);
-  return total;
-}
-
 template <typename T>
 void dot_bags(const BloomLookup& in, int64_t feature, int64_t first, int64_t last, float* dots) {
   const Table table = in.tables[feature];
@@ -367,32 +294,6 @@ void dot_bags(const BloomLookup& in, int64_t feature, int64_t first, int64_t las
 void bloom_dots(const BloomLookup& in, int64_t feature, int64_t first, int64_t last, float* dots) {
   const auto run = in.half ? dot_bags<uint16_t> : dot_bags<float>;
   run(in, feature, first, last, dots);
-}
-
-// Rows that are asked for ahead of their use.
-constexpr int64_t kRowsAhead = 16;
-
-template <typename T>
-void dot_rows(const RowDots& in, int64_t first, int64_t last, float* dots) {
-  const auto* table = static_cast<const T*>(in.table);
-  for (int64_t bag = first; bag < last; ++bag) {
-    const float* grad = in.grad + bag * in.dim;
-    for (int64_t m = in.offsets[bag]; m < in.offsets[bag + 1]; ++m) {
-      const int64_t ahead = m + kRowsAhead < in.size ? m + kRowsAhead : m;
-      const auto* bytes = reinterpret_cast<const char*>(table + in.rows[ahead] * in.dim);
-      const int64_t row_bytes = in.dim * static_cast<int64_t>(sizeof(T));
-      for (int64_t line = 0; line < row_bytes; line += 64) __builtin_prefetch(bytes + line);
-      const float product = dot(grad, table + in.rows[m] * in.dim, in.dim);
-      const bool same = m > in.offsets[bag] && in.source[m] == in.source[m - 1];
-      float& to = dots[in.source[m]];
-      to = same ? to + product : product;
-    }
-  }
-}
-
-void row_dots(const RowDots& in, int64_t first, int64_t last, float* dots) {
-  const auto run = in.half ? dot_rows<uint16_t> : dot_rows<float>;
-  run(in, first, last, dots);
 }
 
 void bloom_pool(const BloomLookup& in, int64_t feature, int64_t first, int64_t last) {
