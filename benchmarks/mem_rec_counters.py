@@ -1,9 +1,10 @@
 """What bounds pooled lookups: instructions and cache misses of an id, simulated by cachegrind.
 
 ``python -m benchmarks.mem_rec_counters`` runs the forward pass of :mod:`benchmarks.mem_rec` (120
-uniform ids a bag, 8 GiB of full tables against MEM-REC, 512 samples) under ``valgrind --tool=cachegrind`` with
-the caches of the machine given, on one thread, for one batch and for two: the difference is what a
-batch costs once the caches are warm. For machines whose own counters cannot be read.
+uniform ids a bag, 8 GiB of full tables against MEM-REC, here with 512 samples) under ``valgrind
+--tool=cachegrind`` with the caches of the machine given, on one thread, for one batch and for two:
+the difference is what a batch costs once the caches are warm. For machines whose own counters
+cannot be read.
 
 Cachegrind has two levels, the first and the last, fetches nothing ahead and runs AVX2 at most.
 """
