@@ -67,17 +67,14 @@ class FullTables:
 
     Args:
         rows: of each table.
-        fill: what the weights are drawn between, up and down; ``None``: they stay as allocated.
     """
 
-    def __init__(self, rows: int, fill: float | None = 0.01) -> None:
+    def __init__(self, rows: int) -> None:
         """Allocate and fill; see the class."""
         spec = (rows, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU)
         self._tbe = SplitTableBatchedEmbeddingBagsCodegen([spec] * NUM_TABLES, **_OPTIMIZER)
-        if fill is None:
-            return
         for weights in tqdm(self._tbe.split_embedding_weights(), desc="full tables", leave=False):
-            weights.uniform_(-fill, fill)
+            weights.uniform_(-0.01, 0.01)
 
     def __call__(self, batch: Batch) -> Tensor:
         """``[B, F * D]``."""
@@ -221,7 +218,7 @@ def _plot(path: str, rows: Sequence[Row], threads: int) -> None:
     for axis, backward in zip(axes, (False, True), strict=True):
         for exponent, style in ((0.0, "-"), (1.05, ":")):
             for tokens, precision in TOKEN_TABLES:
-                name = lookup_name(tokens, precision)
+                name = _name(tokens, precision)
                 found = {
                     row.name: row.value for row in rows if row.name.endswith(f"full over {name}")
                 }
@@ -243,8 +240,7 @@ def _plot(path: str, rows: Sequence[Row], threads: int) -> None:
     figure.savefig(path, dpi=120)
 
 
-def lookup_name(token_rows: int, precision: SparseType) -> str:
-    """How the report calls MEM-REC with so many token rows."""
+def _name(token_rows: int, precision: SparseType) -> str:
     return f"MEM-REC {token_rows:,} {precision.name}"
 
 
@@ -269,7 +265,7 @@ def main() -> None:
     lookups: dict[str, Callable[[Batch], Tensor]] = {"full": full}
     for token_rows, precision in TOKEN_TABLES[: 2 if options.quick else None]:
         bags = mem_rec(rows, token_rows, precision)
-        lookups[lookup_name(token_rows, precision)] = lambda batch, bags=bags: bags(*batch)
+        lookups[_name(token_rows, precision)] = lambda batch, bags=bags: bags(*batch)
     cases = [
         Case(pooling, exponent, backward)
         for backward in (False, True)

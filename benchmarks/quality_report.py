@@ -233,6 +233,8 @@ def plot(path: Path, records: Records) -> None:
     figure, panels = plt.subplots(
         1, len(data), figsize=(5 * len(data), 4.2), squeeze=False, constrained_layout=True
     )
+    shown = [kept for name in data for kept in records.variants(name, ablation=False)]
+    colors = {kept: f"C{number}" for number, kept in enumerate(dict.fromkeys(shown))}
     for axes, name in zip(panels[0], data, strict=True):
         for kept in records.variants(name, ablation=False):
             cells = {
@@ -246,7 +248,12 @@ def plot(path: Path, records: Records) -> None:
                 axes.axhline(means[0], color="grey", linestyle="--", label=kept)
             elif means:
                 axes.errorbar(
-                    list(cells), means, yerr=errors, marker="o", markersize=4, capsize=3, label=kept
+                    *(list(cells), means, errors),
+                    marker="o",
+                    markersize=4,
+                    capsize=3,
+                    color=colors[kept],
+                    label=kept,
                 )
         axes.set_xscale("log")
         axes.set(title=DATA[name].title, xlabel="compression", ylabel="test AUC")
