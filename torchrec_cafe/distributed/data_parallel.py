@@ -167,12 +167,7 @@ class CompressedDpSparseFeaturesDist(DpSparseFeaturesDist):
 class DenseMemRecLookup(CompressedGroupedPooledEmbeddingsLookup):
     """TorchRec's lookup with the kernel of data-parallel MEM-REC tables."""
 
-    def _create_embedding_kernel(
-        self, config: GroupedEmbeddingConfig, device: Any, pg: Any, *args: Any
-    ) -> Any:
-        if GROUP_PARAM in (config.fused_params or {}):
-            return DenseMemRecEmbeddingBag(config, pg, device, *args[:1])
-        return super()._create_embedding_kernel(config, device, pg, *args)
+    _compressed_kernel = DenseMemRecEmbeddingBag
 
 
 class CompressedDpPooledEmbeddingSharding(DpPooledEmbeddingSharding):

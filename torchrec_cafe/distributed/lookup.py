@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
-from torchrec.distributed.types import ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_cafe.distributed._torchrec import (
@@ -133,10 +132,11 @@ class IdMixer(nn.Module):
 class CompressedGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
     """TorchRec's lookup with our kernel for compressed groups."""
 
+    _compressed_kernel: Callable[..., Any] = CompressedEmbeddingBag
+
     def _create_embedding_kernel(
         self, config: GroupedEmbeddingConfig, device: Any, pg: Any, *args: Any
     ) -> Any:
         if GROUP_PARAM in (config.fused_params or {}):
-            sharding_type = args[0] if args else ShardingType.ROW_WISE
-            return CompressedEmbeddingBag(config, pg, device, sharding_type)
+            return self._compressed_kernel(config, pg, device, *args[:1])  # the sharding type
         return super()._create_embedding_kernel(config, device, pg, *args)

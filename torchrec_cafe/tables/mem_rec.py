@@ -59,6 +59,11 @@ class MemRecLayout:
         """Where the weights of an id lie."""
         return self._bits(self.weights_per_shard, self.kind.num_weight_hashes)
 
+    @property
+    def both_bits(self) -> dict[str, BloomBits]:
+        """Both, as the operators on rows and weights take them."""
+        return {"row_bits": self.token_bits, "weight_bits": self.weight_bits}
+
     def _bits(self, per_shard: int, num_hashes: int) -> BloomBits:
         return BloomBits(
             first_shard=self.first_shard,
@@ -139,8 +144,7 @@ class MemRecRows(MemRecLookup):
             ids,
             offsets,
             self._tables,
-            row_bits=self._layout.token_bits,
-            weight_bits=self._layout.weight_bits,
+            **self._layout.both_bits,
             per_sample_weights=weights,
         )
         self.weights.train(rows, grads, tbe.get_learning_rate())
@@ -157,11 +161,21 @@ class MemRecRows(MemRecLookup):
             ids,
             offsets,
             self._tables,
-            row_bits=self._layout.token_bits,
-            weight_bits=self._layout.weight_bits,
+            **self._layout.both_bits,
             per_sample_weights=weights,
         )
         return pooled.to(SparseType.from_int(tbe.output_dtype).as_dtype())
+
+
+def sum_weights(weights: Tensor, hit: BitsOfSamples) -> Tensor:
+    """The factor of each sample, float32 ``[B]``; differentiable.
+
+    Args:
+        weights: float32 ``[S, W]``.
+        hit: the weights of each sample.
+    """
+    picked = weights.view(-1).index_select(0, hit.bits)
+    return torch.segment_reduce(picked, "sum", offsets=hit.offsets, initial=0.0)
 
 
 def sample_vectors(summed: Tensor, num_features: int) -> Tensor:
@@ -201,8 +215,7 @@ class MemRecSamples(MemRecLookup):
             raise ValueError("MemRec(per='sample') takes no weighted features, got weights")
         found = bloom_union(ids, offsets, self._tables, self._layout.token_bits, of="rows")
         hit = bloom_union(ids, offsets, self._tables, self._layout.weight_bits, of="weights")
-        weights_hit = self.weights.table.view(-1).index_select(0, hit.bits)
-        scales = torch.segment_reduce(weights_hit, "sum", offsets=hit.offsets, initial=0.0)
+        scales = sum_weights(self.weights.table, hit)
         if torch.is_grad_enabled():
             scales.requires_grad_()
             scales.register_hook(torch.no_grad()(lambda grad: self._learn(grad, hit)))

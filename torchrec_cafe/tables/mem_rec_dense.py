@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from torchrec_cafe.ops import bloom_pool, bloom_rows, bloom_union, bloom_weigh, bloom_weigh_backward
 from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
-from torchrec_cafe.tables.mem_rec import MemRecLayout, sample_vectors, start_of_weights
+from torchrec_cafe.tables.mem_rec import (
+    MemRecLayout,
+    sample_vectors,
+    start_of_weights,
+    sum_weights,
+)
 from torchrec_cafe.tables.rows import TableLayout, table_columns
 
 
@@ -109,8 +114,7 @@ class DenseMemRecBags(nn.Module):
                 ids,
                 offsets,
                 self._tables,
-                row_bits=self._layout.token_bits,
-                weight_bits=self._layout.weight_bits,
+                **self._layout.both_bits,
                 per_sample_weights=weights,
             )
         found = bloom_rows(ids, offsets, self._tables, self._layout.token_bits)
@@ -139,8 +143,7 @@ class DenseMemRecBags(nn.Module):
             ids,
             offsets,
             self._tables,
-            row_bits=self._layout.token_bits,
-            weight_bits=self._layout.weight_bits,
+            **self._layout.both_bits,
             per_sample_weights=weights,
         )
         total = torch.zeros_like(self.weights)
@@ -153,7 +156,6 @@ class DenseMemRecBags(nn.Module):
         layout = self._layout
         rows = bloom_union(ids, offsets, self._tables, layout.token_bits, of="rows")
         hit = bloom_union(ids, offsets, self._tables, layout.weight_bits, of="weights")
-        picked = self.weights.view(-1).index_select(0, hit.bits)
-        factors = torch.segment_reduce(picked, "sum", offsets=hit.offsets, initial=0.0)
+        factors = sum_weights(self.weights, hit)
         pooled = self.tbe(rows.bits, rows.offsets)
         return sample_vectors(torch.cat([pooled, factors.unsqueeze(1)], 1), len(self._tables))
