@@ -56,4 +56,26 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       "bloom_weigh_backward(Tensor grad, Tensor rows, Tensor ids, Tensor offsets, Tensor tables,"
       " Tensor per_sample_weights, int first_shard, int shards_held, int weights_per_shard,"
       " int num_hashes, int num_weight_hashes) -> (Tensor rows, Tensor grads)");
+  m.def(
+      "pool_keys(Tensor ids, Tensor offsets, Tensor ranges, Tensor(a!) out_of_range)"
+      " -> (Tensor keys, Tensor offsets, Tensor source)");
+  m.def(
+      "announce_rows(Tensor keys, Tensor(a!) entries, Tensor(b!) queue, Tensor(c!) counters,"
+      " int number) -> (Tensor rows, Tensor positions)");
+  m.def(
+      "plan_slots(Tensor rows, Tensor(a!) entries, Tensor(b!) queue, Tensor(c!) counters,"
+      " Tensor(d!) slots, Tensor(e!) free, int oldest, bool urgent, bool train)"
+      " -> (Tensor found, Tensor fill_rows, Tensor fill_slots, Tensor spill_rows,"
+      " Tensor spill_slots, int shortage)");
+  m.def("release_slots(Tensor held, Tensor(a!) slots) -> ()");
+  m.def(
+      "postpone_rows(Tensor rows, Tensor held, Tensor(a!) entries, Tensor queue, Tensor counters,"
+      " Tensor(b!) slots, Tensor free) -> ()");
+  m.def(
+      "grow_slot_map(Tensor entries, Tensor queue, Tensor counters, Tensor(a!) new_entries,"
+      " Tensor(b!) new_queue, Tensor(c!) new_counters) -> ()");
+  m.def("copy_rows(Tensor(a!) into, Tensor into_rows, Tensor from, Tensor rows) -> ()");
+  m.def(
+      "read_rows(int file, Tensor rows, Tensor(a!) into, Tensor into_rows, int num_threads) -> ()");
+  m.def("write_rows(int file, Tensor rows, Tensor from, Tensor from_rows, int num_threads) -> ()");
 }

@@ -18,6 +18,7 @@ load_operators(__path__)  # before the modules that register fake kernels
 from torchrec_cafe.config import (  # noqa: E402
     Cafe,
     Hash,
+    Lookahead,
     MemoryBreakdown,
     MemRec,
     QuotientRemainder,
@@ -25,7 +26,9 @@ from torchrec_cafe.config import (  # noqa: E402
 from torchrec_cafe.distributed import (  # noqa: E402
     EmbeddingBagCollectionSharder,
     EmbeddingShardingPlanner,
+    LookaheadTrainPipeline,
     ParameterConstraints,
+    lookahead_statistics,
     pool_statistics,
     resident_bytes,
 )
@@ -37,10 +40,13 @@ __all__ = [
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
     "Hash",
+    "Lookahead",
+    "LookaheadTrainPipeline",
     "MemRec",
     "MemoryBreakdown",
     "ParameterConstraints",
     "QuotientRemainder",
+    "lookahead_statistics",
     "pool_statistics",
     "resident_bytes",
 ]

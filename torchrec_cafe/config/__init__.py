@@ -3,6 +3,7 @@
 from torchrec_cafe.config.budget import TableKind
 from torchrec_cafe.config.cafe import Cafe
 from torchrec_cafe.config.hashing import Hash, QuotientRemainder, remainder_rows
+from torchrec_cafe.config.lookahead import Lookahead
 from torchrec_cafe.config.mem_rec import MemRec
 from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape, item_bytes
 
@@ -10,6 +11,7 @@ __all__ = [
     "Allocation",
     "Cafe",
     "Hash",
+    "Lookahead",
     "MemRec",
     "MemoryBreakdown",
     "QuotientRemainder",

@@ -22,6 +22,9 @@ MAX_HASHES = 16
 WEIGHT_BYTES = 4
 #: Weights that share a row of FBGEMM, and that row's optimizer state.
 WEIGHTS_PER_ROW = 4
+#: Bytes of a look-ahead table's map per slot: two entries and two uses of its queue, the slot's row
+#: and state, and its place in the stack of free slots.
+SLOT_MAP_BYTES = 2 * (24 + 16) + 16 + 4
 #: Tables of a pool need fewer rows than this, so that (table, id) fits one 64-bit key.
 MAX_NUM_EMBEDDINGS = 2**47
 
@@ -35,10 +38,11 @@ class MemoryBreakdown:
     Attributes:
         shared_bytes: rows that ids share, second rows, and rows of tables kept whole; token rows
             and weights.
-        hot_bytes: rows that hot ids own.
+        hot_bytes: rows that hot ids own; slots of look-ahead tables.
         sketch_bytes: slots and statistics of HotSketch.
-        map_bytes: map from hot rows to their owners.
+        map_bytes: map from hot rows to their owners, or from rows to slots.
         dense_bytes: the uncompressed table, for comparison.
+        backing_bytes: rows of look-ahead tables in host memory or a file, not part of the sum.
     """
 
     shared_bytes: int
@@ -46,6 +50,7 @@ class MemoryBreakdown:
     sketch_bytes: int
     map_bytes: int
     dense_bytes: int
+    backing_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -116,6 +121,7 @@ class Allocation:
         buckets_per_shard: buckets of HotSketch of a virtual shard.
         token_rows_per_shard: rows of a virtual shard of MEM-REC's token table.
         weights_per_shard: weights of a virtual shard.
+        num_slots: slots of look-ahead tables, over all ranks; 0 for other kinds.
         tracked: tables whose ids have rows in the pool, in the order of their numbers in it.
         memory: what the group costs.
     """
@@ -128,6 +134,7 @@ class Allocation:
     buckets_per_shard: int = 0
     token_rows_per_shard: int = 0
     weights_per_shard: int = 0
+    num_slots: int = 0
     tracked: tuple[str, ...] = ()
 
 

@@ -3,9 +3,11 @@
 from torchrec_cafe.distributed.embedding_bag import (
     EmbeddingBagCollectionSharder,
     ShardedCompressedEmbeddingBagCollection,
+    lookahead_statistics,
     pool_statistics,
     resident_bytes,
 )
+from torchrec_cafe.distributed.pipeline import LookaheadTrainPipeline
 from torchrec_cafe.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec_cafe.distributed.types import (
     CompressedGroup,
@@ -19,8 +21,10 @@ __all__ = [
     "CompressedTable",
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
+    "LookaheadTrainPipeline",
     "ParameterConstraints",
     "ShardedCompressedEmbeddingBagCollection",
+    "lookahead_statistics",
     "pool_statistics",
     "resident_bytes",
 ]

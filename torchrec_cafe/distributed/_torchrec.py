@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
@@ -39,8 +40,12 @@ from torchrec.distributed.sharding.tw_sharding import (
     TwPooledEmbeddingSharding,
     TwSparseFeaturesDist,
 )
+from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.pipeline_context import PrefetchTrainPipelineContext
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim.fused import FusedOptimizer
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 __all__ = [
     "BaseBatchedEmbeddingBag",
@@ -50,6 +55,8 @@ __all__ = [
     "EmbeddingShardingInfo",
     "GroupedEmbeddingConfig",
     "GroupedPooledEmbeddingsLookup",
+    "PrefetchTrainPipelineContext",
+    "PrefetchTrainPipelineSparseDist",
     "RwPooledEmbeddingDist",
     "RwPooledEmbeddingSharding",
     "RwSparseFeaturesDist",
@@ -61,12 +68,15 @@ __all__ = [
     "TensorProperties",
     "TorchRecConstraints",
     "TwPooledEmbeddingSharding",
+    "TwRwPooledEmbeddingSharding",
     "TwSparseFeaturesDist",
     "kernels_of",
+    "kernels_of_lookup",
     "lookups_of",
     "mark_trained_in_backward",
     "pool_means_once",
     "present_tables",
+    "receive_input",
     "set_row_boundaries",
     "sharded_tensor",
 ]
@@ -87,6 +97,14 @@ def kernels_of(module: ShardedEmbeddingBagCollection) -> Iterator[BaseBatchedEmb
         yield from modules
 
 
+def kernels_of_lookup(
+    lookup: GroupedPooledEmbeddingsLookup, features: KeyedJaggedTensor
+) -> Iterator[tuple[Any, KeyedJaggedTensor]]:
+    """The kernels of a lookup, each with its part of the features."""
+    modules: Any = lookup._emb_modules
+    yield from zip(modules, features.split(lookup._feature_splits), strict=True)
+
+
 def mark_trained_in_backward(parameter: Any, optimizer: FusedOptimizer) -> None:
     """Tell TorchRec that a parameter's optimizer runs inside the backward pass."""
     parameter._in_backward_optimizers = [optimizer]
@@ -101,6 +119,29 @@ def sharded_tensor(
         sharded_tensor_metadata=metadata,
         process_group=kernel._pg,
     )
+
+
+def receive_input(
+    pipeline: PrefetchTrainPipelineSparseDist[Any, Any],
+    module: Any,
+    context: PrefetchTrainPipelineContext,
+) -> Any:
+    """Wait for the ids that a pipelined module gets in a batch, and leave them for its forward.
+
+    TorchRec's own ``prefetch_embeddings`` does nothing without a CUDA stream.
+    """
+    name = module.forward.name
+    with pipeline._stream_context(pipeline._data_dist_stream):  # pyright: ignore[reportArgumentType]
+        ids = context.input_dist_tensors_requests.pop(name).wait()
+    module_context = context.module_contexts.pop(name)
+    if pipeline._data_dist_stream is not None:
+        current = torch.get_device_module(pipeline._device).current_stream()
+        current.wait_stream(pipeline._data_dist_stream)
+        ids.record_stream(current)
+        module_context.record_stream(current)
+    context.module_input_post_prefetch[name] = ids
+    context.module_contexts_post_prefetch[name] = module_context
+    return ids
 
 
 def present_tables(

@@ -19,6 +19,7 @@ from torchrec_cafe.distributed._torchrec import (
     EmbeddingShardingInfo,
     ShardedEmbeddingBagCollection,
     kernels_of,
+    lookups_of,
     pool_means_once,
     present_tables,
 )
@@ -27,6 +28,11 @@ from torchrec_cafe.distributed.data_parallel import (
     DenseMemRecEmbeddingBag,
 )
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
+from torchrec_cafe.distributed.lookahead import (
+    LOOKAHEAD_SHARDINGS,
+    LookaheadEmbeddingBag,
+    LookaheadGroupedPooledEmbeddingsLookup,
+)
 from torchrec_cafe.distributed.row_wise import CompressedRwPooledEmbeddingSharding
 from torchrec_cafe.distributed.sharded_state import load_state, sharded_state
 from torchrec_cafe.distributed.table_wise import CompressedTwPooledEmbeddingSharding
@@ -37,10 +43,12 @@ from torchrec_cafe.distributed.types import (
     physical_kernel,
     sharding_types,
 )
+from torchrec_cafe.tables import LookaheadStatistics
 
 # Key under which the compressed tables of a sharding type are kept apart from TorchRec's own, so
 # that those keep TorchRec's input dist, lookup and kernels.
 _COMPRESSED = "compressed_"
+_LOOKAHEAD = "lookahead_"
 
 _SHARDINGS: dict[str, Any] = {
     ShardingType.ROW_WISE.value: CompressedRwPooledEmbeddingSharding,
@@ -152,7 +160,7 @@ class PhysicalEmbeddingBagCollection(EmbeddingBagCollection):
         """Keep uncompressed parameters, and every parameter's optimizer."""
         for name, bag in module.embedding_bags.items():
             original: Any = bag.weight
-            if name not in self.groups:
+            if name not in self.groups or self.groups[name].looks_ahead:
                 self.embedding_bags[name].weight = original
                 continue
             weight: Any = self.embedding_bags[name].weight
@@ -213,7 +221,8 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                     config.feature_names, config.embedding_names = [], []
                 assert info.fused_params is not None
                 info.fused_params[GROUP_PARAM] = module.groups[config.name]
-                result.setdefault(_COMPRESSED + sharding_type, []).append(info)
+                prefix = _LOOKAHEAD if module.groups[config.name].looks_ahead else _COMPRESSED
+                result.setdefault(prefix + sharding_type, []).append(info)
         _check_optimizers(result)
         return result
 
@@ -232,7 +241,9 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         sharding_type = sharding_infos[0].param_sharding.sharding_type
         if sharding_type == ShardingType.DATA_PARALLEL.value:  # no communication to encode
             return CompressedDpPooledEmbeddingSharding(sharding_infos, env, device)
-        return _SHARDINGS[sharding_type](
+        group = (sharding_infos[0].fused_params or {})[GROUP_PARAM]
+        shardings = LOOKAHEAD_SHARDINGS if group.looks_ahead else _SHARDINGS
+        return shardings[sharding_type](
             sharding_infos,
             env,
             device,
@@ -242,9 +253,26 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     def train(self, mode: bool = True) -> ShardedCompressedEmbeddingBagCollection:  # noqa: FBT001, FBT002
         """Set the mode, also of the kernels: TorchRec keeps its lookups out of ``children()``."""
         super().train(mode)
-        for kernel in self.compressed_kernels():
+        for kernel in (*self.compressed_kernels(), *self.lookahead_kernels()):
             kernel.train(mode)
         return self
+
+    def look_ahead(self, features: Any) -> None:
+        """Begin to bring in the rows of look-ahead tables that a coming batch needs.
+
+        Args:
+            features: what the input dist has given for it; :meth:`compute_and_output_dist` will be
+                given the same.
+        """
+        for lookup, part in zip(lookups_of(self), features, strict=True):
+            if isinstance(lookup, LookaheadGroupedPooledEmbeddingsLookup):
+                lookup.prefetch(part)
+
+    def lookahead_kernels(self) -> Iterator[LookaheadEmbeddingBag]:
+        """The kernels of the look-ahead groups, on this rank."""
+        for kernel in kernels_of(self):
+            if isinstance(kernel, LookaheadEmbeddingBag):
+                yield kernel
 
     def compressed_kernels(self) -> Iterator[CompressedEmbeddingBag]:
         """The kernels of the compressed groups, on this rank."""
@@ -361,6 +389,9 @@ def resident_bytes(module: nn.Module) -> int:
         if not isinstance(child, ShardedEmbeddingBagCollection):
             continue
         for kernel in kernels_of(child):
+            if isinstance(kernel, LookaheadEmbeddingBag):
+                total += kernel.bags.resident_bytes
+                continue
             weights: list[Tensor] = kernel.split_embedding_weights()
             total += sum(w.numel() * w.element_size() for w in weights)
             if isinstance(kernel, CompressedEmbeddingBag) and kernel.bags.state is not None:
@@ -386,4 +417,21 @@ def pool_statistics(module: nn.Module) -> dict[str, dict[str, float]]:
         if isinstance(child, ShardedCompressedEmbeddingBagCollection)
         for kernel in child.compressed_kernels()
         if kernel.bags.pool is not None
+    }
+
+
+def lookahead_statistics(module: nn.Module) -> dict[str, LookaheadStatistics]:
+    """What the look-ahead tables of a sharded model have done so far, on this rank.
+
+    Args:
+        module: a model, sharded by ``DistributedModelParallel``.
+
+    Returns:
+        By name of the group.
+    """
+    return {
+        kernel.group.name: kernel.bags.statistics
+        for child in module.modules()
+        if isinstance(child, ShardedCompressedEmbeddingBagCollection)
+        for kernel in child.lookahead_kernels()
     }

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import PoolingType, data_type_to_sparse_type
-from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_cafe.config import Cafe, MemRec, QuotientRemainder, remainder_rows
 from torchrec_cafe.distributed._torchrec import (
-    BaseBatchedEmbeddingBag,
     EmbeddingFusedOptimizer,
     GroupedEmbeddingConfig,
     ShardedEmbeddingTable,
-    TableBatchedEmbeddingSlice,
-    mark_trained_in_backward,
 )
-from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
+from torchrec_cafe.distributed.row_range_kernel import OWN_PARAMS, RowRangeEmbeddingBag
+from torchrec_cafe.distributed.types import GROUP_PARAM
 from torchrec_cafe.ops import PoolRows
 from torchrec_cafe.tables import (
     CompressedBags,
@@ -46,9 +39,6 @@ from torchrec_cafe.tables import (
 
 # Ids that may look up the same second row before it is of no use to any (CAFE+, section 3.6).
 MEDIUM_IDS_PER_ROW = 100
-
-# What the TBE of a compressed group decides itself.
-_OWN_PARAMS = frozenset({GROUP_PARAM, "bounds_check_mode", "cache_precision"})
 
 
 def _first_row(table: ShardedEmbeddingTable) -> int:
@@ -72,7 +62,7 @@ def divide_by_sizes(pooled: Tensor, features: KeyedJaggedTensor) -> Tensor:
     return (sums / (by_sample + 1e-6)).view_as(pooled)
 
 
-class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule):
+class CompressedEmbeddingBag(RowRangeEmbeddingBag):
     """Kernel of one group of compressed tables.
 
     To TorchRec its tables are ordinary fused tables of the shared rows, and the pool of hot rows
@@ -96,9 +86,9 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
         """Allocate the rank's rows; see the class."""
         super().__init__(config, pg, device, sharding_type)
         fused_params = config.fused_params or {}
-        self.group: CompressedGroup = fused_params[GROUP_PARAM]
+        self.group = fused_params[GROUP_PARAM]
         device = device or torch.device("cpu")
-        of_tbe = {k: v for k, v in fused_params.items() if k not in _OWN_PARAMS}
+        of_tbe = {k: v for k, v in fused_params.items() if k not in OWN_PARAMS}
         self._emb_module = RowRangeTBE(
             self._local_rows,
             config.embedding_tables[0].embedding_dim,
@@ -195,16 +185,6 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
         per_shard = self.group.pool_rows_per_shard
         return _first_row(pool) // per_shard, pool.local_rows // per_shard
 
-    @property
-    def emb_module(self) -> SplitTableBatchedEmbeddingBagsCodegen:
-        """The TBE that holds the rows."""
-        return self._emb_module
-
-    @property
-    def fused_optimizer(self) -> FusedOptimizer:
-        """The optimizer that runs inside the TBE's backward."""
-        return self._optim
-
     def forward(self, features: KeyedJaggedTensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """Look up a batch whose ids the input dist has mixed and cut.
 
@@ -218,13 +198,7 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
         Raises:
             ValueError: for a batch whose features differ in batch size.
         """
-        if features.variable_stride_per_key():
-            names = ", ".join(repr(table.name) for table in self.group.tables)
-            raise ValueError(
-                f"tables {names}: compressed tables need the same batch size for every feature, "
-                "got a KeyedJaggedTensor with variable stride; leave the tables uncompressed or "
-                "pad the batch"
-            )
+        self.refuse_variable_stride(features)
         weights = features.weights_or_none()
         pooled = self.bags(features.values().long(), features.offsets().long(), weights)
         if self.group.sharding_type == ShardingType.ROW_WISE.value:
@@ -243,51 +217,3 @@ class CompressedEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModu
         """Forget what is not part of the state, before it is overwritten from outside."""
         if self.bags.state is not None:
             self.bags.state.reload()
-
-    def named_buffers(  # torch's signature
-        self,
-        prefix: str = "",
-        recurse: bool = True,  # noqa: FBT001, FBT002
-        remove_duplicate: bool = True,  # noqa: FBT001, FBT002
-    ) -> Iterator[tuple[str, Tensor]]:
-        """None: the sharded module presents the sketch as sharded tensors."""
-        yield from ()
-
-    def named_parameters(  # torch's signature
-        self,
-        prefix: str = "",
-        recurse: bool = True,  # noqa: FBT001, FBT002
-        remove_duplicate: bool = True,  # noqa: FBT001, FBT002
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Weights by table, marked as trained in backward."""
-        for name, weight in self.named_split_embedding_weights(prefix, recurse, remove_duplicate):
-            parameter = nn.Parameter(weight)
-            mark_trained_in_backward(parameter, EmptyFusedOptimizer())
-            yield name, parameter
-
-    def named_parameters_by_table(self) -> Iterator[tuple[str, TableBatchedEmbeddingSlice]]:
-        """Weights by table as slices of the physical table, each with its optimizer."""
-        physical = self._emb_module.physical_tensors()[0]
-        weights = self._emb_module.split_embedding_weights()
-        states = self._emb_module.get_optimizer_state()
-        start = 0
-        for table, weight in zip(self._config.embedding_tables, weights, strict=True):
-            parameter = TableBatchedEmbeddingSlice(
-                data=physical.view(-1),
-                start_offset=start,
-                end_offset=start + weight.numel(),
-                num_embeddings=-1,
-                embedding_dim=physical.shape[1],
-            )
-            start += weight.numel()
-            optimizer = EmbeddingFusedOptimizer(
-                self._config,
-                self._emb_module,
-                self._pg,
-                create_for_table=table.name,
-                param_weight_for_table=parameter,
-                embedding_weights_by_table=weights,
-                all_optimizer_states=states,
-            )
-            mark_trained_in_backward(parameter, optimizer)
-            yield table.name, parameter

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -16,11 +14,10 @@ from torchrec_cafe.distributed._torchrec import (
     GroupedPooledEmbeddingsLookup,
     ShardedEmbeddingTable,
 )
+from torchrec_cafe.distributed.bounds import BoundsReport
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
 from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
 from torchrec_cafe.ops import mix_ids
-
-logger = logging.getLogger(__name__)
 
 
 def group_of(table: ShardedEmbeddingTable) -> CompressedGroup:
@@ -33,9 +30,7 @@ class IdMixer(nn.Module):
     """Mixes the ids of a batch, and reports those out of range.
 
     Args:
-        tables: the tables, in the order of the features of a batch; those without features are
-            passed over. Their ``bounds_check_mode`` says what to do about ids out of range, as
-            FBGEMM's; ``NONE`` is taken as ``IGNORE``.
+        tables: the tables, in the order of the features of a batch, as for :class:`BoundsReport`.
         device: where the ids are.
     """
 
@@ -46,15 +41,7 @@ class IdMixer(nn.Module):
     ) -> None:
         """Note the tables; see the class."""
         super().__init__()
-        self._names = [table.name for table in tables for _ in range(table.num_features())]
-        self._modes = [
-            (table.fused_params or {}).get("bounds_check_mode", BoundsCheckMode.WARNING)
-            for table in tables
-            for _ in range(table.num_features())
-        ]
-        self._check = any(
-            mode in (BoundsCheckMode.FATAL, BoundsCheckMode.WARNING) for mode in self._modes
-        )
+        self._report = BoundsReport(tables)
         sizes = [
             group_of(table).table(table.name).num_ids
             for table in tables
@@ -65,7 +52,6 @@ class IdMixer(nn.Module):
             torch.tensor(sizes, dtype=torch.int64, device=device),
             persistent=False,
         )
-        self._warned: set[str] = set()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """Mix; see the class.
@@ -82,8 +68,8 @@ class IdMixer(nn.Module):
         """
         if features.variable_stride_per_key():
             raise ValueError(
-                f"tables {', '.join(sorted(set(self._names)))}: compressed tables need the same "
-                "batch size for every feature, got a KeyedJaggedTensor with variable stride"
+                f"tables {sorted(set(self._report.names))}: compressed tables need the same batch "
+                "size for every feature, got a KeyedJaggedTensor with variable stride"
             )
         values, stride = features.values(), features.stride()
         if stride == 0:
@@ -95,8 +81,7 @@ class IdMixer(nn.Module):
             self._num_embeddings,
             out_of_range,
         )
-        if self._check:
-            self._report(out_of_range)
+        self._report(out_of_range)
         return KeyedJaggedTensor(
             keys=features.keys(),
             values=mixed.to(values.dtype),
@@ -107,26 +92,6 @@ class IdMixer(nn.Module):
             length_per_key=features.length_per_key_or_none(),
             offset_per_key=features.offset_per_key_or_none(),
         )
-
-    def _report(self, out_of_range: torch.Tensor) -> None:
-        if not out_of_range.any():
-            return
-        for name, mode, count in zip(self._names, self._modes, out_of_range.tolist(), strict=True):
-            if count == 0:
-                continue
-            if mode == BoundsCheckMode.FATAL:
-                raise ValueError(
-                    f"table {name!r}: ids must be in [0, num_embeddings), got {count} ids out of "
-                    "range in one batch; fix the ids or use BoundsCheckMode.WARNING"
-                )
-            if mode == BoundsCheckMode.WARNING and name not in self._warned:
-                self._warned.add(name)
-                logger.warning(
-                    "table %r: %d ids of a batch are out of range and taken as id 0 "
-                    "(said once per table)",
-                    name,
-                    count,
-                )
 
 
 class CompressedGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):

@@ -23,7 +23,7 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_cafe.config import MemRec, TableKind, TableShape, item_bytes
+from torchrec_cafe.config import Lookahead, MemRec, TableKind, TableShape, item_bytes
 from torchrec_cafe.distributed._torchrec import TorchRecConstraints
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
 from torchrec_cafe.distributed.optimizers import check_optimizer
@@ -56,17 +56,23 @@ class _PlanningSharder(EmbeddingBagCollectionSharder):
     """The user's sharder as the planner should see it: compressed tables at their size."""
 
     def __init__(
-        self, sharder: EmbeddingBagCollectionSharder, groups: dict[int, dict[str, CompressedGroup]]
+        self,
+        sharder: EmbeddingBagCollectionSharder,
+        groups: dict[int, dict[str, CompressedGroup]],
+        compute_device: str,
     ) -> None:
         super().__init__(sharder.fused_params, sharder.qcomm_codecs_registry)
         self._sharder = sharder
         self._groups = groups
+        self._compute_device = compute_device
 
     def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
         parameters = super().shardable_parameters(module)
         for name, group in self._groups.get(id(module), {}).items():
             old = parameters[name]
-            rows = planned_rows(group, name, old.shape[1] * old.element_size())
+            rows = planned_rows(
+                group, name, old.shape[1] * old.element_size(), self._compute_device
+            )
             weight = torch.empty((rows, old.shape[1]), dtype=old.dtype, device="meta")
             parameters[name] = nn.Parameter(weight)
         return parameters
@@ -78,7 +84,9 @@ class _PlanningSharder(EmbeddingBagCollectionSharder):
         return types + sorted(needed - set(types))
 
 
-def planned_rows(group: CompressedGroup, name: str, row_bytes: int) -> int:
+def planned_rows(
+    group: CompressedGroup, name: str, row_bytes: int, compute_device: str = "cpu"
+) -> int:
     """Rows of a fused table that takes as many bytes as the table and its part of the pool.
 
     Rows of the pool, sketch, maps and weights are divided between the tables in proportion to their
@@ -89,8 +97,15 @@ def planned_rows(group: CompressedGroup, name: str, row_bytes: int) -> int:
         group: the table's group.
         name: of the table.
         row_bytes: bytes of a row.
+        compute_device: ``"cpu"`` or ``"cuda"``; look-ahead tables take the memory of a GPU for
+            their slots only.
     """
     table = group.table(name)
+    if group.looks_ahead:
+        share = table.num_ids / sum(other.num_ids for other in group.tables)
+        slots = max(1, round(group.resident_bytes * share / row_bytes))
+        in_file = isinstance(group.kind, Lookahead) and group.kind.path is not None
+        return slots if compute_device != "cpu" or in_file else slots + table.num_ids
     shared = sum(other.shared_rows for other in group.tables)
     besides = group.resident_bytes / row_bytes - shared
     if group.stays_together:  # the first table stands for all, which follow it to its rank
@@ -278,7 +293,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
                         constraint, sharding_types=types
                     )
         return [
-            _PlanningSharder(sharder, groups)
+            _PlanningSharder(sharder, groups, self._topology.compute_device)
             if isinstance(sharder, EmbeddingBagCollectionSharder)
             else sharder
             for sharder in sharders

@@ -8,13 +8,15 @@ from typing import Any
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingType
 
-from torchrec_cafe.config import Allocation, MemRec, QuotientRemainder, TableKind
+from torchrec_cafe.config import Allocation, Lookahead, MemRec, QuotientRemainder, TableKind
 from torchrec_cafe.ops import first_mixed_id
 
 
 def sharding_types(kind: TableKind) -> tuple[str, ...]:
     """How tables of a kind can be sharded; the first unless something else is asked for."""
     types = (ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value)
+    if isinstance(kind, Lookahead):
+        return (*types, ShardingType.TABLE_ROW_WISE.value)
     # Replicas of the others would each learn other hot ids, or are tables that plain ones replace.
     return (*types, ShardingType.DATA_PARALLEL.value) if isinstance(kind, MemRec) else types
 
@@ -82,6 +84,7 @@ class CompressedGroup:
         buckets_per_shard: sketch buckets of a virtual shard.
         token_rows_per_shard: token rows of a virtual shard, of :class:`MemRec`.
         weights_per_shard: weights of a virtual shard.
+        num_slots: slots of look-ahead tables, over all ranks.
         resident_bytes: everything that must be resident for lookups, over all ranks.
     """
 
@@ -95,6 +98,7 @@ class CompressedGroup:
     buckets_per_shard: int
     token_rows_per_shard: int
     weights_per_shard: int
+    num_slots: int
     resident_bytes: int
 
     @classmethod
@@ -136,6 +140,7 @@ class CompressedGroup:
             buckets_per_shard=allocation.buckets_per_shard,
             token_rows_per_shard=allocation.token_rows_per_shard,
             weights_per_shard=allocation.weights_per_shard,
+            num_slots=allocation.num_slots,
             resident_bytes=allocation.memory.total_bytes,
         )
 
@@ -148,6 +153,11 @@ class CompressedGroup:
     def stays_together(self) -> bool:
         """Whether all tables have to lie on the same rank: their pool does."""
         return self.has_pool and self.sharding_type == ShardingType.TABLE_WISE.value
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the tables are TorchRec's own, but for where their rows lie."""
+        return isinstance(self.kind, Lookahead)
 
     @property
     def is_per_sample(self) -> bool:

@@ -45,8 +45,32 @@ from torchrec_cafe.ops.row_map import (
     mix_ids,
     remap,
 )
+from torchrec_cafe.ops.row_store import copy_rows, read_rows, write_rows
+from torchrec_cafe.ops.slot_map import (
+    Announced,
+    PooledKeys,
+    SlotMapState,
+    SlotPlan,
+    announce_rows,
+    plan_slots,
+    pool_keys,
+    postpone_rows,
+    release_slots,
+)
 
 __all__ = [
+    "Announced",
+    "PooledKeys",
+    "SlotMapState",
+    "SlotPlan",
+    "announce_rows",
+    "copy_rows",
+    "plan_slots",
+    "pool_keys",
+    "postpone_rows",
+    "read_rows",
+    "release_slots",
+    "write_rows",
     "ACTION_ADD",
     "ACTION_CLEAR",
     "ACTION_COPY",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         weights_precision: FP32 or FP16.
         device: where the rows live; CPU or CUDA.
         fused_params: the TBE's optimizer arguments, as TorchRec calls them.
+        pooling_mode: how the TBE pools.
     """
 
     # FBGEMM's constructor may ask for the weights before the ranges are known.
@@ -46,6 +48,7 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         weights_precision: SparseType,
         device: torch.device,
         fused_params: dict[str, Any],
+        pooling_mode: PoolingMode = PoolingMode.SUM,
     ) -> None:
         """Allocate the physical table; see the class."""
         # FBGEMM wants a row even on a rank that holds none; nobody looks it up.
@@ -61,32 +64,80 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
                 )
             ],
             feature_table_map=[0],
-            pooling_mode=PoolingMode.SUM,
+            pooling_mode=pooling_mode,
             weights_precision=weights_precision,
             device=device,
             # Rows come from the remap operator, which cannot produce one that is out of range.
             bounds_check_mode=BoundsCheckMode.NONE,
             **fused_params,
         )
-        ranges, start = [], 0
-        for rows in rows_per_table:
-            ranges.append((start, start + rows))
-            start += rows
-        self._row_ranges = tuple(ranges)
+        self._row_ranges = _ranges(rows_per_table)
 
     def physical_tensors(self) -> list[Tensor]:
         """The physical table and its row-wise optimizer states, first axis rows; views."""
         states = super().split_optimizer_states()
         return [super().split_embedding_weights()[0], *(states[0] if states else [])]
 
+    def presented_tensors(self) -> list[Tensor]:
+        """The rows and states of all logical tables, one after the other."""
+        return self.physical_tensors()
+
     def split_embedding_weights(self) -> list[Tensor]:
         """Weights of each logical table, as views."""
-        weights = super().split_embedding_weights()[0]
+        weights = self.presented_tensors()[0]
         return [weights[begin:end] for begin, end in self._row_ranges]
 
     def split_optimizer_states(self) -> list[list[Tensor]]:
         """Optimizer states of each logical table, as views."""
-        states = super().split_optimizer_states()
+        states = self.presented_tensors()[1:]
         if not states:
-            return states
-        return [[state[begin:end] for state in states[0]] for begin, end in self._row_ranges]
+            return []
+        return [[state[begin:end] for state in states] for begin, end in self._row_ranges]
+
+
+class SlotTBE(RowRangeTBE):
+    """A stock TBE whose rows are slots, and that presents the tables behind them to the outside.
+
+    Args:
+        num_slots: rows of the TBE, >= 1.
+        embedding_dim: columns, a multiple of 4.
+        options: as of :class:`RowRangeTBE`.
+    """
+
+    _tables: list[Tensor] | None = None
+    _write_back: Callable[[], None] | None = None
+
+    def __init__(self, num_slots: int, embedding_dim: int, **options: Any) -> None:
+        """Allocate the slots; see the class."""
+        super().__init__([num_slots], embedding_dim, **options)
+
+    def present(
+        self,
+        tensors: list[Tensor],
+        rows_per_table: Sequence[int],
+        write_back: Callable[[], None],
+    ) -> None:
+        """Set what stands behind the slots.
+
+        Args:
+            tensors: weights and states of all tables, one after the other.
+            rows_per_table: rows of each.
+            write_back: brings ``tensors`` up to date.
+        """
+        self._tables = tensors
+        self._row_ranges = _ranges(rows_per_table)
+        self._write_back = write_back
+
+    def flush(self) -> None:
+        """Bring what is presented up to date, as FBGEMM's does for its own cache."""
+        if self._write_back is not None:
+            self._write_back()
+
+    def presented_tensors(self) -> list[Tensor]:
+        """See :meth:`RowRangeTBE.presented_tensors`."""
+        return self.physical_tensors() if self._tables is None else self._tables
+
+
+def _ranges(rows_per_table: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    ends = list(itertools.accumulate(rows_per_table))
+    return tuple(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,0 +1,129 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "cpu/tensors.h"
+#include "slot_plan.h"
+#include "slot_tensors.h"
+
+namespace torchrec_cafe {
+namespace {
+
+// Linear probing stays short, and a search always ends.
+bool has_room(const SlotMap& map, int64_t rows) {
+  return map.counters[kUsedEntries] + rows <= map.capacity / 4 * 3;
+}
+
+std::tuple<Tensor, Tensor> announce_rows_cpu(const Tensor& keys, const Tensor& entries,
+                                             const Tensor& queue, const Tensor& counters,
+                                             int64_t number) {
+  SlotMap map = row_map_view(entries, queue, counters);
+  check_tensor(keys, "keys", ScalarType::Long, 1);
+  check_device(keys, entries);
+  const int64_t size = keys.numel();
+  const int64_t* key = keys.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(number >= 0 && number < INT32_MAX, "`number` must be in [0, 2**31 - 1)");
+  STD_TORCH_CHECK(has_room(map, size), "`state` must have room for ", size, " more rows");
+  for (int64_t i = 0; i < size; ++i) {
+    STD_TORCH_CHECK(key[i] >= 0, "`keys` must be >= 0, got ", key[i]);
+  }
+  std::vector<int64_t> distinct(size);
+  Tensor positions = empty_cpu<1>({size}, aoti_torch_dtype_int32());
+  const int64_t count = announce(map, key, size, static_cast<int32_t>(number), distinct.data(),
+                                 positions.mutable_data_ptr<int32_t>());
+  Tensor rows = empty_cpu<1>({count}, aoti_torch_dtype_int64());
+  std::copy_n(distinct.data(), count, rows.mutable_data_ptr<int64_t>());
+  return {rows, positions};
+}
+
+// Rows and slots of moves, as two tensors.
+std::tuple<Tensor, Tensor> move_tensors(const std::vector<SlotMove>& moves) {
+  const auto size = static_cast<int64_t>(moves.size());
+  Tensor keys = empty_cpu<1>({size}, aoti_torch_dtype_int64());
+  Tensor slots = empty_cpu<1>({size}, aoti_torch_dtype_int64());
+  for (int64_t i = 0; i < size; ++i) {
+    keys.mutable_data_ptr<int64_t>()[i] = moves[i].key;
+    slots.mutable_data_ptr<int64_t>()[i] = moves[i].slot;
+  }
+  return {keys, slots};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> plan_slots_cpu(
+    const Tensor& rows, const Tensor& entries, const Tensor& queue, const Tensor& counters,
+    const Tensor& slots, const Tensor& free, int64_t oldest, bool urgent, bool train) {
+  SlotMap map = slot_map_view(entries, queue, counters, slots, free);
+  check_tensor(rows, "rows", ScalarType::Long, 1);
+  check_device(rows, entries);
+  const int64_t size = rows.numel();
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < size; ++i) {
+    prefetch_entry(map, row, i, size);
+    const SlotEntry& entry = *map.find(row[i]);
+    STD_TORCH_CHECK(row[i] >= 0 && entry.key == row[i] && entry.pending > 0,
+                    "`rows` must have been announced and not planned, got ", row[i]);
+  }
+  Tensor found = empty_cpu<1>({size}, aoti_torch_dtype_int32());
+  const SlotPlan result = plan(map, row, size, static_cast<int32_t>(oldest), urgent, train,
+                               found.mutable_data_ptr<int32_t>());
+  const auto [fill_keys, fill_slots] = move_tensors(result.fill);
+  const auto [spill_keys, spill_slots] = move_tensors(result.spill);
+  return {found, fill_keys, fill_slots, spill_keys, spill_slots, result.shortage};
+}
+
+void check_held(const Tensor& held, const SlotMap& map) {
+  const int32_t* slot = held.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < held.numel(); ++i) {
+    STD_TORCH_CHECK(slot[i] >= 0 && slot[i] < map.num_slots && map.slots[slot[i]].state >= kHold,
+                    "`held` must be slots that are held, got ", slot[i]);
+  }
+}
+
+void release_slots_cpu(const Tensor& held, const Tensor& slots) {
+  check_words(slots, "slots", kSlotWords);
+  check_tensor(held, "held", ScalarType::Int, 1);
+  check_device(held, slots);
+  SlotMap map{};
+  map.slots = static_cast<Slot*>(slots.data_ptr());
+  map.num_slots = slots.size(0);
+  check_held(held, map);
+  release(map, held.const_data_ptr<int32_t>(), held.numel());
+}
+
+void postpone_rows_cpu(const Tensor& rows, const Tensor& held, const Tensor& entries,
+                       const Tensor& queue, const Tensor& counters, const Tensor& slots,
+                       const Tensor& free) {
+  SlotMap map = slot_map_view(entries, queue, counters, slots, free);
+  check_tensor(rows, "rows", ScalarType::Long, 1);
+  check_tensor(held, "held", ScalarType::Int, 1);
+  check_device(rows, held, entries);
+  STD_TORCH_CHECK(rows.numel() == held.numel(), "held must be as long as rows");
+  check_held(held, map);
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  const int32_t* slot = held.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    STD_TORCH_CHECK(map.slots[slot[i]].key == row[i], "`rows` must lie in the slots, got ", row[i]);
+  }
+  postpone(map, row, slot, rows.numel());
+}
+
+void grow_slot_map_cpu(const Tensor& entries, const Tensor& queue, const Tensor& counters,
+                       const Tensor& new_entries, const Tensor& new_queue,
+                       const Tensor& new_counters) {
+  const SlotMap from = row_map_view(entries, queue, counters);
+  SlotMap to = row_map_view(new_entries, new_queue, new_counters);
+  STD_TORCH_CHECK(to.capacity > from.capacity, "`state` must become larger");
+  move_entries(from, to);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CPU, m) {
+  m.impl("announce_rows", TORCH_BOX(&announce_rows_cpu));
+  m.impl("plan_slots", TORCH_BOX(&plan_slots_cpu));
+  m.impl("release_slots", TORCH_BOX(&release_slots_cpu));
+  m.impl("postpone_rows", TORCH_BOX(&postpone_rows_cpu));
+  m.impl("grow_slot_map", TORCH_BOX(&grow_slot_map_cpu));
+}
+
+}  // namespace torchrec_cafe

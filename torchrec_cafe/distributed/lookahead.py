@@ -1,0 +1,230 @@
+"""Look-ahead tables: TorchRec's own tables, whose rows are in slots only while they are needed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup
+from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import data_type_to_sparse_type
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_cafe.config import Lookahead
+from torchrec_cafe.distributed._torchrec import (
+    EmbeddingFusedOptimizer,
+    GroupedEmbeddingConfig,
+    GroupedPooledEmbeddingsLookup,
+    RwPooledEmbeddingSharding,
+    TwPooledEmbeddingSharding,
+    TwRwPooledEmbeddingSharding,
+    kernels_of_lookup,
+)
+from torchrec_cafe.distributed.bounds import BoundsReport
+from torchrec_cafe.distributed.row_range_kernel import OWN_PARAMS, RowRangeEmbeddingBag
+from torchrec_cafe.distributed.types import GROUP_PARAM
+from torchrec_cafe.tables import (
+    FileStore,
+    LookaheadBags,
+    MemoryStore,
+    RowStore,
+    SlotTBE,
+    StoredTable,
+)
+
+
+class LookaheadFusedOptimizer(EmbeddingFusedOptimizer):
+    """TorchRec's, whose state is up to date whenever it is asked for."""
+
+    _state: Any = None
+
+    @property
+    def state(self) -> Any:
+        """The optimizer state, in the store."""
+        self._emb_module.flush()
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state = state
+
+
+class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
+    """Kernel of one group of look-ahead tables.
+
+    Args:
+        config: the group's tables as TorchRec has sharded them.
+        pg: process group of the sharding.
+        device: where the slots live; the CPU.
+        sharding_type: how the tables are sharded.
+    """
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        sharding_type: ShardingType | None = None,
+    ) -> None:
+        """Allocate the rank's rows and slots; see the class."""
+        super().__init__(config, pg, device, sharding_type)
+        fused_params = config.fused_params or {}
+        self.group = fused_params[GROUP_PARAM]
+        self._emb_module = SlotTBE(
+            self._num_slots(),
+            config.embedding_tables[0].embedding_dim,
+            weights_precision=data_type_to_sparse_type(config.data_type),
+            device=device or torch.device("cpu"),
+            fused_params={k: v for k, v in fused_params.items() if k not in OWN_PARAMS},
+            pooling_mode=self._pooling,
+        )
+        store = self._store()
+        tables = [
+            StoredTable(table.name, rows, table.num_features())
+            for table, rows in zip(config.embedding_tables, self._local_rows, strict=True)
+        ]
+        self.bags = LookaheadBags(tables, self._emb_module, store)
+        self._emb_module.present(store.tensors, self._local_rows, self.bags.flush)
+        self._report = BoundsReport(config.embedding_tables)
+        self._optim = LookaheadFusedOptimizer(config, self._emb_module, pg)
+
+    def _num_slots(self) -> int:
+        """The rank's slots: as large a share as its rows are."""
+        rows = sum(table.num_ids for table in self.group.tables)
+        return max(1, math.ceil(self.group.num_slots * sum(self._local_rows) / rows))
+
+    def _store(self) -> RowStore:
+        kind = self.group.kind
+        assert isinstance(kind, Lookahead)
+        rows, like = sum(self._local_rows), self._emb_module.physical_tensors()
+        if kind.path is None:
+            return MemoryStore(rows, like)
+        directory = Path(kind.path) / self.group.tables[0].name / f"rank_{dist.get_rank(self._pg)}"
+        return FileStore(directory, rows, like, io_threads=kind.io_threads)
+
+    def look_ahead(self, features: KeyedJaggedTensor) -> None:
+        """Begin to bring the rows of a coming batch in.
+
+        Args:
+            features: what :meth:`forward` will be given.
+        """
+        self.refuse_variable_stride(features)
+        self.bags.look_ahead(features.values(), features.offsets())
+
+    def forward(self, features: KeyedJaggedTensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Look up a batch.
+
+        Args:
+            features: the rank's ids, ``[F * B]`` bags.
+
+        Returns:
+            ``[B, F * D]``; of row-wise tables, the rank's part of the sums of bags.
+
+        Raises:
+            ValueError: for a batch whose features differ in batch size; for ids out of range, under
+                ``BoundsCheckMode.FATAL``.
+            ScratchpadFullError: if the batch has more rows than slots can be had for.
+        """
+        self.refuse_variable_stride(features)
+        pooled = self.bags(features.values(), features.offsets(), features.weights_or_none())
+        if self._report.is_needed:
+            self._report(self.bags.out_of_range)
+            self.bags.out_of_range.zero_()
+        return pooled
+
+    def flush(self) -> None:
+        """Write all rows back, before they are read from outside."""
+        self.bags.flush()
+
+    def purge(self) -> None:
+        """Read rows anew before they are used again: they are overwritten from outside."""
+        self.bags.flush()
+
+
+class LookaheadGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
+    """TorchRec's lookup of look-ahead tables."""
+
+    def _create_embedding_kernel(
+        self, config: GroupedEmbeddingConfig, device: Any, pg: Any, *args: Any
+    ) -> Any:
+        return LookaheadEmbeddingBag(config, pg, device, *args[:1])  # the sharding type
+
+    def prefetch(
+        self,
+        sparse_features: KeyedJaggedTensor,
+        forward_stream: torch.Stream | None = None,  # noqa: ARG002  TorchRec's signature
+    ) -> None:
+        """Begin to bring the rows of a coming batch in; TorchRec's pipelines call this.
+
+        Args:
+            sparse_features: of all groups.
+            forward_stream: of no use here.
+        """
+        for kernel, features in kernels_of_lookup(self, sparse_features):
+            kernel.look_ahead(features)
+
+
+class _LookaheadSharding:
+    """What the shardings of look-ahead tables have in common: TorchRec's, but for the lookup."""
+
+    _sharding_type: ShardingType
+    _pg: Any
+    _env: Any
+    _device: Any
+
+    def _configs(self) -> list[GroupedEmbeddingConfig]:
+        raise NotImplementedError
+
+    def create_lookup(
+        self,
+        device: torch.device | None = None,
+        fused_params: dict[str, Any] | None = None,  # noqa: ARG002  TorchRec's signature
+        feature_processor: Any = None,
+    ) -> BaseEmbeddingLookup[Any, Any]:
+        """Lookup with our kernel."""
+        return LookaheadGroupedPooledEmbeddingsLookup(
+            grouped_configs=self._configs(),
+            pg=self._pg,
+            device=device or self._device,
+            feature_processor=feature_processor,
+            sharding_type=self._sharding_type,
+            env=self._env,
+        )
+
+
+class LookaheadRwPooledEmbeddingSharding(_LookaheadSharding, RwPooledEmbeddingSharding):
+    """Row-wise sharding of look-ahead tables."""
+
+    _sharding_type = ShardingType.ROW_WISE
+
+    def _configs(self) -> list[GroupedEmbeddingConfig]:
+        return self._grouped_embedding_configs
+
+
+class LookaheadTwPooledEmbeddingSharding(_LookaheadSharding, TwPooledEmbeddingSharding):
+    """Table-wise sharding of look-ahead tables."""
+
+    _sharding_type = ShardingType.TABLE_WISE
+
+    def _configs(self) -> list[GroupedEmbeddingConfig]:
+        return self._grouped_embedding_configs
+
+
+class LookaheadTwRwPooledEmbeddingSharding(_LookaheadSharding, TwRwPooledEmbeddingSharding):
+    """Table-row-wise sharding of look-ahead tables."""
+
+    _sharding_type = ShardingType.TABLE_ROW_WISE
+
+    def _configs(self) -> list[GroupedEmbeddingConfig]:
+        return self._grouped_embedding_configs_per_rank[self._rank]
+
+
+LOOKAHEAD_SHARDINGS: dict[str, Any] = {
+    ShardingType.ROW_WISE.value: LookaheadRwPooledEmbeddingSharding,
+    ShardingType.TABLE_WISE.value: LookaheadTwPooledEmbeddingSharding,
+    ShardingType.TABLE_ROW_WISE.value: LookaheadTwRwPooledEmbeddingSharding,
+}

@@ -1,0 +1,211 @@
+"""Pooled lookups of tables that live elsewhere, through a stock TBE whose rows are slots.
+
+Shape legend: N ids, F features, B samples, D columns.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_cafe.ops import PooledKeys, pool_keys
+from torchrec_cafe.tables._fbgemm import SlotTBE
+from torchrec_cafe.tables.row_store import RowStore
+from torchrec_cafe.tables.scratchpad import LookaheadStatistics, PlannedLookup, Scratchpad
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """A table of a store.
+
+    Attributes:
+        name: name of the table.
+        num_rows: its rows on this rank; 0: none.
+        num_features: features that look it up.
+    """
+
+    name: str
+    num_rows: int
+    num_features: int
+
+
+@dataclass(eq=False)
+class _Ahead:
+    """A batch whose rows are on their way."""
+
+    ids: Tensor
+    version: int
+    bags: PooledKeys
+    lookup: PlannedLookup
+
+    def is_of(self, ids: Tensor, offsets: Tensor) -> bool:
+        """Whether these are the ids of the batch, in the same memory, which is ours until then.
+
+        A lookup may have them as another view. Empty batches are all the same.
+        """
+        same_version = ids._version == self.version  # noqa: SLF001
+        is_same = ids.data_ptr() == self.ids.data_ptr() and same_version
+        same_shape = ids.shape == self.ids.shape and offsets.shape == self.bags.offsets.shape
+        return same_shape and (is_same or ids.numel() == 0)
+
+
+class _Hold(torch.autograd.Function):
+    """Marks a batch's update as begun, and refuses a second one."""
+
+    @staticmethod
+    def forward(ctx: Any, pooled: Tensor, bags: LookaheadBags, lookup: PlannedLookup) -> Tensor:
+        ctx.bags, ctx.lookup = bags, lookup
+        return pooled.view_as(pooled)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.bags.begin_update(ctx.lookup)
+        return grads[0], None, None
+
+
+class LookaheadBags(nn.Module):
+    """Embedding bags of tables whose rows are in slots only while they are needed.
+
+    The results, and the updates by the TBE's optimizer, are those of the whole tables.
+
+    Args:
+        tables: in the order of the features.
+        tbe: its rows are the slots.
+        store: holds the rows, table after table.
+    """
+
+    def __init__(self, tables: Sequence[StoredTable], tbe: SlotTBE, store: RowStore) -> None:
+        """Join them; see the class."""
+        super().__init__()
+        self.tbe = tbe
+        self.store = store
+        self.names = [table.name for table in tables]
+        name = "tables " + ", ".join(repr(table.name) for table in tables)
+        self._scratchpad = Scratchpad(tbe.physical_tensors(), store, name)
+        ranges, first = [], 0
+        for table in tables:
+            ranges += [[first, table.num_rows]] * table.num_features
+            first += table.num_rows
+        self._ranges = torch.tensor(ranges, dtype=torch.int64).view(-1, 2)
+        self.out_of_range = torch.zeros(len(ranges), dtype=torch.int64)
+        self._ahead: deque[_Ahead] = deque()
+        self._updating: list[PlannedLookup] = []  # looked up, and their update has not begun
+        self._updated: list[PlannedLookup] = []  # not released yet
+
+    @property
+    def statistics(self) -> LookaheadStatistics:
+        """What the scratchpad has done so far; live."""
+        return self._scratchpad.statistics
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the rows in slots, and of the map; without optimizer state."""
+        slots = self.tbe.physical_tensors()[0]
+        return slots.numel() * slots.element_size() + self._scratchpad.map_bytes
+
+    def look_ahead(self, ids: Tensor, offsets: Tensor) -> None:
+        """Begin to bring the rows of a coming batch in.
+
+        Args:
+            ids: int ``[N]``, feature-major, relative to the first row of each table; the same
+                memory will be looked up. If it is changed until then, all of this was in vain.
+            offsets: int ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
+        """
+        self._release()
+        if any(ahead.is_of(ids, offsets) for ahead in self._ahead):
+            return
+        self._ahead.append(self._plan(ids, offsets, train=self.training, ahead=True))
+
+    def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Look up and pool; waits for rows that have not been looked ahead for.
+
+        Args:
+            ids: int ``[N]``, feature-major, relative to the first row of each table.
+            offsets: int ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
+            weights: float32 ``[N]``, factor of each id's row in its bag's sum.
+
+        Returns:
+            ``[B, F * D]``.
+
+        Raises:
+            ScratchpadFullError: if the batch has more rows than slots can be had for.
+        """
+        self._release()
+        train = torch.is_grad_enabled()
+        batch = self._take(ids, offsets)
+        if batch is None:
+            batch = self._plan(ids, offsets, train=train, ahead=False)
+        slots = self._scratchpad.wait(batch.lookup)
+        if weights is not None:
+            weights = weights[batch.bags.source]
+        pooled = self.tbe(
+            indices=slots,
+            offsets=batch.bags.offsets,
+            per_sample_weights=weights,
+            feature_requires_grad=_gradient_of(weights),
+        )
+        if train and pooled.requires_grad:
+            self._updating.append(batch.lookup)
+            pooled = _Hold.apply(pooled, self, batch.lookup)
+        else:
+            self._scratchpad.release(batch.lookup)
+        return pooled.view(-1, len(self._ranges) * pooled.shape[1])
+
+    def begin_update(self, lookup: PlannedLookup) -> None:
+        """Note that the TBE is about to update the rows of a batch.
+
+        Args:
+            lookup: of the batch.
+
+        Raises:
+            RuntimeError: if it has done so before: the rows may have left their slots.
+        """
+        if lookup not in self._updating:
+            raise RuntimeError(
+                f"tables {self.names}: the backward pass of a batch can run once only, since it "
+                "updates the rows; leave retain_graph out"
+            )
+        self._scratchpad.begin_update(lookup)
+        self._updating.remove(lookup)
+        self._updated.append(lookup)
+
+    def flush(self) -> None:
+        """Write all rows back, before the store is read or changed from outside."""
+        self._release()
+        self._scratchpad.flush()
+
+    def _plan(self, ids: Tensor, offsets: Tensor, *, train: bool, ahead: bool) -> _Ahead:
+        bags = pool_keys(
+            ids.long().contiguous(),
+            offsets.long().contiguous(),
+            self._ranges,
+            self.out_of_range,
+        )
+        lookup = self._scratchpad.plan(bags.keys, train=train, ahead=ahead)
+        return _Ahead(ids, ids._version, bags, lookup)  # noqa: SLF001
+
+    def _take(self, ids: Tensor, offsets: Tensor) -> _Ahead | None:
+        """The plan of a batch that was looked ahead for; those before it have been left out."""
+        if not any(ahead.is_of(ids, offsets) for ahead in self._ahead):
+            return None
+        while not self._ahead[0].is_of(ids, offsets):
+            self._scratchpad.release(self._ahead.popleft().lookup)
+        return self._ahead.popleft()
+
+    def _release(self) -> None:
+        """Let go of the rows of batches whose backward pass is over: this is called outside it."""
+        for lookup in self._updated:
+            self._scratchpad.release(lookup)
+        self._updated.clear()
+
+
+def _gradient_of(weights: Tensor | None) -> Tensor | None:
+    """Whether FBGEMM has to compute the gradient of the weights, which it does unasked."""
+    if weights is None or weights.requires_grad:
+        return None
+    return torch.zeros(1, dtype=torch.int32, device=weights.device)

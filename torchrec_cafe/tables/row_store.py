@@ -1,0 +1,180 @@
+"""Where the rows of look-ahead tables lie when they are not in a scratchpad.
+
+Shape legend: R rows of all tables of a pool, D columns, n rows that move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from torchrec_cafe.ops import copy_rows, read_rows, write_rows
+
+
+class RowStore(ABC):
+    """Rows and their optimizer state.
+
+    Attributes:
+        tensors: ``[R, ...]``, weights first, then the states; what is read and written here is what
+            is in the store.
+    """
+
+    tensors: list[Tensor]
+
+    @abstractmethod
+    def read(self, rows: Tensor, into: Sequence[Tensor], at: Tensor) -> None:
+        """Copy rows out of the store.
+
+        Args:
+            rows: int64 ``[n]``, which.
+            into: tensors like :attr:`tensors`, mutated.
+            at: int64 ``[n]``, their rows.
+
+        Raises:
+            OSError: if the store cannot be read.
+        """
+
+    @abstractmethod
+    def write(self, rows: Tensor, source: Sequence[Tensor], at: Tensor) -> None:
+        """Copy rows into the store.
+
+        Args:
+            rows: int64 ``[n]``, which, each once.
+            source: tensors like :attr:`tensors`.
+            at: int64 ``[n]``, their rows.
+
+        Raises:
+            OSError: if the store cannot be written.
+        """
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Return when everything that was written would survive the process and the machine."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row with its state."""
+        return sum(t[0].numel() * t.element_size() for t in self.tensors if len(t))
+
+
+@final
+class MemoryStore(RowStore):
+    """Rows in memory.
+
+    Args:
+        num_rows: R.
+        like: tensors whose columns and dtypes the rows have; states start at the value of the
+            first element.
+    """
+
+    def __init__(self, num_rows: int, like: Sequence[Tensor]) -> None:
+        """Allocate; see the class."""
+        self.tensors = [
+            torch.empty((num_rows, *tensor.shape[1:]), dtype=tensor.dtype) for tensor in like
+        ]
+        _start(self.tensors, like)
+
+    def read(self, rows: Tensor, into: Sequence[Tensor], at: Tensor) -> None:
+        """See :meth:`RowStore.read`."""
+        for tensor, target in zip(self.tensors, into, strict=True):
+            copy_rows(target, at, tensor, rows)
+
+    def write(self, rows: Tensor, source: Sequence[Tensor], at: Tensor) -> None:
+        """See :meth:`RowStore.write`."""
+        for tensor, given in zip(self.tensors, source, strict=True):
+            copy_rows(tensor, rows, given, at)
+
+    def sync(self) -> None:
+        """Nothing: memory does not survive."""
+
+
+@final
+class FileStore(RowStore):
+    """Rows in files, one for the weights and one for each state.
+
+    The files are the working copy of one process, which locks them: they are made anew, and what
+    they hold after a crash is a mixture of old and new rows. Checkpoints are what survives.
+    Rows are moved by ``pread`` and ``pwrite`` on several threads, so that the disk sees many
+    requests at a time; :attr:`tensors` map the same pages.
+
+    Args:
+        directory: where the files lie; made if there is none.
+        num_rows: R.
+        like: as in :class:`MemoryStore`.
+        io_threads: requests at a time, in [1, 1024].
+
+    Raises:
+        ValueError: if another process uses the files.
+        OSError: if the files cannot be made, or the disk is too small.
+    """
+
+    def __init__(
+        self, directory: Path, num_rows: int, like: Sequence[Tensor], *, io_threads: int
+    ) -> None:
+        """Make the files; see the class."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._io_threads = io_threads
+        self._files: list[int] = []
+        self.tensors = []
+        for number, tensor in enumerate(like):
+            name = "weights" if number == 0 else f"state_{number}"
+            shape = (num_rows, *tensor.shape[1:])
+            self._add(directory / name, shape, tensor.dtype)
+        _start(self.tensors[1:], like[1:])
+
+    def _add(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        size = max(1, torch.Size(shape).numel()) * dtype.itemsize
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._files.append(file)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ValueError(
+                f"{path} is in use by another process: give each training a `path` of its own"
+            ) from None
+        os.ftruncate(file, 0)
+        os.posix_fallocate(file, 0, size)  # a full disk shows now, not as a SIGBUS later
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+        whole = torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
+        self.tensors.append(whole[: torch.Size(shape).numel()].view(shape))
+
+    def read(self, rows: Tensor, into: Sequence[Tensor], at: Tensor) -> None:
+        """See :meth:`RowStore.read`."""
+        for file, target in zip(self._files, into, strict=True):
+            read_rows(file, rows, target, at, num_threads=self._io_threads)
+
+    def write(self, rows: Tensor, source: Sequence[Tensor], at: Tensor) -> None:
+        """See :meth:`RowStore.write`."""
+        for file, given in zip(self._files, source, strict=True):
+            write_rows(file, rows, given, at, num_threads=self._io_threads)
+
+    def sync(self) -> None:
+        """See :meth:`RowStore.sync`."""
+        for file in self._files:
+            os.fsync(file)
+
+    def close(self) -> None:
+        """Let go of the files; the store is of no use any more."""
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                os.close(file)
+        self._files = []
+
+    def __del__(self) -> None:
+        """Let go of the files."""
+        self.close()
+
+
+def _start(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
+    for tensor, pattern in zip(tensors, like, strict=True):
+        if pattern.numel():
+            tensor.fill_(pattern.flatten()[0])
