@@ -184,6 +184,15 @@ inline void postpone(SlotMap& map, const int64_t* distinct, const int32_t* slots
   release(map, slots, size);
 }
 
+// Forgets an announced batch that will not be planned.
+inline void retract(SlotMap& map, const int64_t* distinct, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    SlotEntry& entry = *map.find(distinct[i]);
+    --entry.pending;
+    if (entry.pending == 0 && entry.slot == kNoSlot) map.erase(&entry);
+  }
+}
+
 // Moves everything into a map of a larger capacity, whose entries are empty.
 inline void move_entries(const SlotMap& from, SlotMap& to) {
   for (int64_t at = 0; at < from.capacity; ++at) {

@@ -49,12 +49,7 @@ std::tuple<Tensor, Tensor> move_tensors(const std::vector<SlotMove>& moves) {
   return {keys, slots};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> plan_slots_cpu(
-    const Tensor& rows, const Tensor& entries, const Tensor& queue, const Tensor& counters,
-    const Tensor& slots, const Tensor& free, int64_t oldest, bool urgent, bool train) {
-  SlotMap map = slot_map_view(entries, queue, counters, slots, free);
-  check_tensor(rows, "rows", ScalarType::Long, 1);
-  check_device(rows, entries);
+void check_pending(const Tensor& rows, const SlotMap& map) {
   const int64_t size = rows.numel();
   const int64_t* row = rows.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < size; ++i) {
@@ -63,6 +58,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> plan_slots_cpu(
     STD_TORCH_CHECK(row[i] >= 0 && entry.key == row[i] && entry.pending > 0,
                     "`rows` must have been announced and not planned, got ", row[i]);
   }
+}
+
+void retract_rows_cpu(const Tensor& rows, const Tensor& entries, const Tensor& queue,
+                      const Tensor& counters) {
+  SlotMap map = row_map_view(entries, queue, counters);
+  check_tensor(rows, "rows", ScalarType::Long, 1);
+  check_device(rows, entries);
+  check_pending(rows, map);
+  retract(map, rows.const_data_ptr<int64_t>(), rows.numel());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> plan_slots_cpu(
+    const Tensor& rows, const Tensor& entries, const Tensor& queue, const Tensor& counters,
+    const Tensor& slots, const Tensor& free, int64_t oldest, bool urgent, bool train) {
+  SlotMap map = slot_map_view(entries, queue, counters, slots, free);
+  check_tensor(rows, "rows", ScalarType::Long, 1);
+  check_device(rows, entries);
+  check_pending(rows, map);
+  const int64_t size = rows.numel();
+  const int64_t* row = rows.const_data_ptr<int64_t>();
   Tensor found = empty_cpu<1>({size}, aoti_torch_dtype_int32());
   const SlotPlan result = plan(map, row, size, static_cast<int32_t>(oldest), urgent, train,
                                found.mutable_data_ptr<int32_t>());
@@ -121,6 +136,7 @@ void grow_slot_map_cpu(const Tensor& entries, const Tensor& queue, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CPU, m) {
   m.impl("announce_rows", TORCH_BOX(&announce_rows_cpu));
   m.impl("plan_slots", TORCH_BOX(&plan_slots_cpu));
+  m.impl("retract_rows", TORCH_BOX(&retract_rows_cpu));
   m.impl("release_slots", TORCH_BOX(&release_slots_cpu));
   m.impl("postpone_rows", TORCH_BOX(&postpone_rows_cpu));
   m.impl("grow_slot_map", TORCH_BOX(&grow_slot_map_cpu));

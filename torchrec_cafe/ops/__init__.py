@@ -56,6 +56,7 @@ from torchrec_cafe.ops.slot_map import (
     pool_keys,
     postpone_rows,
     release_slots,
+    retract_rows,
 )
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "postpone_rows",
     "read_rows",
     "release_slots",
+    "retract_rows",
     "write_rows",
     "ACTION_ADD",
     "ACTION_CLEAR",

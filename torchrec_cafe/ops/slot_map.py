@@ -198,6 +198,29 @@ def plan_slots(
         raise value_error("plan_slots", error) from None
 
 
+def retract_rows(rows: Tensor, state: SlotMapState) -> None:
+    """Forget an announced batch that will not be planned.
+
+    Args:
+        rows: int64 ``[U]``, as :func:`announce_rows` gave them.
+        state: mutated.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a row is not announced; nothing is mutated then.
+
+    Note:
+        Deterministic. On the CPU. Not differentiable.
+    """
+    try:
+        torch.ops.torchrec_cafe.retract_rows.default(
+            rows, state.entries, state.queue, state.counters
+        )
+    except RuntimeError as error:
+        check_tensor("retract_rows", "rows", rows, torch.int64, (None,))
+        raise value_error("retract_rows", error) from None
+
+
 def release_slots(held: Tensor, state: SlotMapState) -> None:
     """Let go of the slots of a batch.
 
@@ -328,6 +351,11 @@ def _(  # noqa: PLR0913  the schema has as many arguments
         rows.new_empty(spills),
         0,
     )
+
+
+@torch.library.register_fake("torchrec_cafe::retract_rows")
+def _(rows: Tensor, entries: Tensor, queue: Tensor, counters: Tensor) -> None:
+    check_same_device("retract_rows", rows=rows, state=entries)
 
 
 @torch.library.register_fake("torchrec_cafe::release_slots")

@@ -5,8 +5,11 @@ Shape legend: N ids, F features, B samples, D columns.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +19,12 @@ from torch import Tensor, nn
 from torchrec_cafe.ops import PooledKeys, pool_keys
 from torchrec_cafe.tables._fbgemm import SlotTBE
 from torchrec_cafe.tables.row_store import RowStore
-from torchrec_cafe.tables.scratchpad import LookaheadStatistics, PlannedLookup, Scratchpad
+from torchrec_cafe.tables.scratchpad import (
+    LookaheadStatistics,
+    PlannedLookup,
+    Scratchpad,
+    ScratchpadFullError,
+)
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,29 @@ class _Ahead:
 
 
 class _Hold(torch.autograd.Function):
-    """Marks a batch's update as begun, and refuses a second one."""
+    """Says that the TBE is about to update the rows of a lookup."""
 
     @staticmethod
-    def forward(ctx: Any, pooled: Tensor, bags: LookaheadBags, lookup: PlannedLookup) -> Tensor:
-        ctx.bags, ctx.lookup = bags, lookup
+    def forward(ctx: Any, pooled: Tensor, begin_update: Callable[[], None]) -> Tensor:
+        ctx.begin_update = begin_update
         return pooled.view_as(pooled)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.bags.begin_update(ctx.lookup)
-        return grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.begin_update()
+        return grads[0], None
+
+
+class _Update:
+    """The coming update of a lookup; it lives as long as the graph that can bring it about."""
+
+    def __init__(self, bags: LookaheadBags, lookup: PlannedLookup) -> None:
+        self._bags = bags
+        self._lookup = lookup
+
+    def __call__(self) -> None:
+        """Note that it begins."""
+        self._bags.begin_update(self._lookup)
 
 
 class LookaheadBags(nn.Module):
@@ -87,6 +107,7 @@ class LookaheadBags(nn.Module):
         self.names = [table.name for table in tables]
         name = "tables " + ", ".join(repr(table.name) for table in tables)
         self._scratchpad = Scratchpad(tbe.physical_tensors(), store, name)
+        self._features = [table.num_features for table in tables]
         ranges, first = [], 0
         for table in tables:
             ranges += [[first, table.num_rows]] * table.num_features
@@ -94,7 +115,7 @@ class LookaheadBags(nn.Module):
         self._ranges = torch.tensor(ranges, dtype=torch.int64).view(-1, 2)
         self.out_of_range = torch.zeros(len(ranges), dtype=torch.int64)
         self._ahead: deque[_Ahead] = deque()
-        self._updating: list[PlannedLookup] = []  # looked up, and their update has not begun
+        self._to_update: dict[PlannedLookup, weakref.ref[_Update]] = {}
         self._updated: list[PlannedLookup] = []  # not released yet
 
     @property
@@ -133,28 +154,34 @@ class LookaheadBags(nn.Module):
             ``[B, F * D]``.
 
         Raises:
-            ScratchpadFullError: if the batch has more rows than slots can be had for.
+            ScratchpadFullError: if the batch has more rows of one table than slots can be had for.
         """
         self._release()
-        train = torch.is_grad_enabled()
         batch = self._take(ids, offsets)
         if batch is None:
-            batch = self._plan(ids, offsets, train=train, ahead=False)
-        slots = self._scratchpad.wait(batch.lookup)
-        if weights is not None:
-            weights = weights[batch.bags.source]
-        pooled = self.tbe(
-            indices=slots,
-            offsets=batch.bags.offsets,
-            per_sample_weights=weights,
-            feature_requires_grad=_gradient_of(weights),
-        )
-        if train and pooled.requires_grad:
-            self._updating.append(batch.lookup)
-            pooled = _Hold.apply(pooled, self, batch.lookup)
+            batch = self._plan(ids, offsets, train=torch.is_grad_enabled(), ahead=False)
+        try:
+            slots = self._scratchpad.wait(batch.lookup)
+        except ScratchpadFullError as error:
+            return self._table_by_table(batch.bags, weights, error)
+        pooled = self._pool(slots, batch.bags, weights)
+        if pooled.requires_grad:
+            update = _Update(self, batch.lookup)
+            self._to_update[batch.lookup] = weakref.ref(update)
+            pooled = _Hold.apply(pooled, update)
         else:
             self._scratchpad.release(batch.lookup)
         return pooled.view(-1, len(self._ranges) * pooled.shape[1])
+
+    def _pool(self, slots: Tensor, bags: PooledKeys, weights: Tensor | None) -> Tensor:
+        if weights is not None:
+            weights = weights[bags.source]
+        return self.tbe(
+            indices=slots,
+            offsets=bags.offsets,
+            per_sample_weights=weights,
+            feature_requires_grad=_gradient_of(weights),
+        )
 
     def begin_update(self, lookup: PlannedLookup) -> None:
         """Note that the TBE is about to update the rows of a batch.
@@ -165,13 +192,42 @@ class LookaheadBags(nn.Module):
         Raises:
             RuntimeError: if it has done so before: the rows may have left their slots.
         """
-        if lookup not in self._updating:
+        if lookup not in self._to_update:
             raise RuntimeError(
                 f"tables {self.names}: the backward pass of a batch can run once only, since it "
                 "updates the rows; leave retain_graph out"
             )
         self._scratchpad.begin_update(lookup)
-        self._updating.remove(lookup)
+        del self._to_update[lookup]
+        self._updated.append(lookup)
+
+    def _table_by_table(
+        self, bags: PooledKeys, weights: Tensor | None, error: ScratchpadFullError
+    ) -> Tensor:
+        """Look up a batch with more rows than there are slots: some tables at a time.
+
+        Rows are brought in for the lookup, and once more for the update. The result is that of the
+        whole batch to the last bit, since no row is in two parts.
+        """
+        num_features = len(self._ranges)
+        columns = []
+        for part in split_by_table(bags, self._features, self._scratchpad.num_slots, error):
+            lookup = self._scratchpad.plan(part.keys, train=False, ahead=False)
+            slots = self._scratchpad.wait(lookup).clone()
+            pooled = self._pool(slots, part, weights)
+            self._scratchpad.release(lookup)
+            if pooled.requires_grad:
+                again = functools.partial(self._bring_again, part.keys, slots)
+                pooled = _Hold.apply(pooled, again)
+            columns.append(pooled.view((len(bags.offsets) - 1) // num_features, -1))
+        return torch.cat(columns, 1)
+
+    def _bring_again(self, keys: Tensor, slots: Tensor) -> None:
+        """Bring the rows of a part in for its update. They may lie in other slots this time."""
+        self._release()  # the part that was updated before this one
+        lookup = self._scratchpad.plan(keys, train=True, ahead=False)
+        # Autograd has saved the slots for the TBE's backward, and would notice `slots.copy_`.
+        slots.data.copy_(self._scratchpad.wait(lookup))
         self._updated.append(lookup)
 
     def flush(self) -> None:
@@ -198,9 +254,14 @@ class LookaheadBags(nn.Module):
         return self._ahead.popleft()
 
     def _release(self) -> None:
-        """Let go of the rows of batches whose backward pass is over: this is called outside it."""
-        for lookup in self._updated:
+        """Let go of the rows of batches that are updated, or whose graph is gone.
+
+        This is called outside of their backward passes.
+        """
+        gone = [lookup for lookup, update in self._to_update.items() if update() is None]
+        for lookup in (*self._updated, *gone):
             self._scratchpad.release(lookup)
+            self._to_update.pop(lookup, None)
         self._updated.clear()
 
 
@@ -209,3 +270,43 @@ def _gradient_of(weights: Tensor | None) -> Tensor | None:
     if weights is None or weights.requires_grad:
         return None
     return torch.zeros(1, dtype=torch.int32, device=weights.device)
+
+
+def split_by_table(
+    bags: PooledKeys, features: Sequence[int], num_slots: int, error: ScratchpadFullError
+) -> Iterator[PooledKeys]:
+    """Cut a batch into parts of whole tables, whose rows fit the slots.
+
+    Args:
+        bags: of all features.
+        features: of each table; a table's are neighbours.
+        num_slots: distinct rows that a part may have.
+        error: what to raise if a table has more.
+    """
+    num_features = sum(features)
+    feature_of_bag = torch.arange(len(bags.offsets) - 1) % num_features
+    lengths = bags.offsets.diff()
+    feature = feature_of_bag.repeat_interleave(lengths)
+    first = 0
+    taken: list[int] = []  # distinct rows of each table of the part
+    ends = list(itertools.accumulate(features))
+    for number, end in enumerate(ends):
+        begin = end - features[number]
+        rows = len(bags.keys[(feature >= begin) & (feature < end)].unique())
+        if rows > num_slots:
+            raise error
+        if sum(taken) + rows > num_slots:
+            yield _features_from_to(bags, feature, feature_of_bag, first, begin)
+            first, taken = begin, []
+        taken.append(rows)
+    yield _features_from_to(bags, feature, feature_of_bag, first, num_features)
+
+
+def _features_from_to(
+    bags: PooledKeys, feature: Tensor, feature_of_bag: Tensor, begin: int, end: int
+) -> PooledKeys:
+    inside = (feature >= begin) & (feature < end)
+    bag_inside = (feature_of_bag >= begin) & (feature_of_bag < end)
+    offsets = torch.zeros(int(bag_inside.sum()) + 1, dtype=torch.int64)
+    torch.cumsum(bags.offsets.diff()[bag_inside], 0, out=offsets[1:])
+    return PooledKeys(bags.keys[inside], offsets, bags.source[inside])

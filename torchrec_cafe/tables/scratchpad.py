@@ -24,6 +24,7 @@ from torchrec_cafe.ops import (
     plan_slots,
     postpone_rows,
     release_slots,
+    retract_rows,
 )
 from torchrec_cafe.ops.slot_map import DIRTY, HOLD
 from torchrec_cafe.tables.row_store import RowStore
@@ -86,6 +87,7 @@ class PlannedLookup:
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     held: Tensor | None = None
+    refused: ScratchpadFullError | None = None
     begun: bool = False
     released: bool = False
 
@@ -114,6 +116,11 @@ class Scratchpad:
     def statistics(self) -> LookaheadStatistics:
         """What has been done so far; live."""
         return self._mover.statistics
+
+    @property
+    def num_slots(self) -> int:
+        """Rows that fit."""
+        return len(self._mover.state.slots)
 
     @property
     def map_bytes(self) -> int:
@@ -239,11 +246,13 @@ class _Mover:
             if lookup.slots is None:
                 self._urgent = lookup
                 self._changed.notify_all()
-                while lookup.slots is None and self._error is None:
+                while lookup.slots is None and lookup.refused is None and self._error is None:
                     self._changed.wait()
                 self._urgent = None
                 self.statistics.seconds_exposed += time.perf_counter() - begin
             self._raise()
+            if lookup.refused is not None:
+                raise lookup.refused
             lookup.begun = True
             self.statistics.batches += 1
             self.statistics.rows += len(lookup.rows)
@@ -352,9 +361,16 @@ class _Mover:
             with self._changed:
                 others = [planned for planned in self._planned if not planned.begun]
             if not others:
-                raise self._too_few_slots(lookup, missing)
+                return self._refuse(lookup, missing)
             self._postpone(others[-1])
             missing = self._plan(lookup, urgent=True)
+
+    def _refuse(self, lookup: PlannedLookup, missing: int) -> None:
+        retract_rows(lookup.rows, self.state)
+        with self._changed:
+            self._waiting.remove(lookup)
+            lookup.refused = self._too_few_slots(lookup, missing)
+            self._changed.notify_all()
 
     def _postpone(self, lookup: PlannedLookup) -> None:
         """Take the slots of a batch that has not begun; it is planned again in its turn."""
