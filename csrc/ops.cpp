@@ -75,8 +75,10 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
   m.def(
       "grow_slot_map(Tensor entries, Tensor queue, Tensor counters, Tensor(a!) new_entries,"
       " Tensor(b!) new_queue, Tensor(c!) new_counters) -> ()");
-  m.def("copy_rows(Tensor(a!) into, Tensor into_rows, Tensor from, Tensor rows) -> ()");
+  m.def("copy_rows(Tensor(a!) into, Tensor into_rows, Tensor source, Tensor rows) -> ()");
   m.def(
       "read_rows(int file, Tensor rows, Tensor(a!) into, Tensor into_rows, int num_threads) -> ()");
-  m.def("write_rows(int file, Tensor rows, Tensor from, Tensor from_rows, int num_threads) -> ()");
+  m.def(
+      "write_rows(int file, Tensor rows, Tensor source, Tensor source_rows, int num_threads)"
+      " -> ()");
 }

@@ -78,6 +78,8 @@ inline void pick_unused(SlotMap& map, int64_t wanted, int32_t oldest,
     if (use.last >= oldest) break;
     const SlotEntry& entry = *map.find(use.key);
     if (entry.key != use.key || entry.last != use.last) continue;
+    // A row that is in use may have no slot: it must not be touched if `oldest` is wrong.
+    if (entry.pending > 0 || map.slots[entry.slot].state > kDirty) break;
     map.slots[entry.slot].state |= kPicked;
     picked.push_back(entry.slot);
   }

@@ -92,6 +92,9 @@ int move_all(char* memory, int64_t bytes, int64_t at, const Call& call) {
   return 0;
 }
 
+// Rows that a file can have, so that their places in it fit into 64 bits.
+int64_t file_rows(int64_t bytes) { return INT64_MAX / std::max<int64_t>(1, bytes); }
+
 void check_file(int64_t file, int64_t num_threads) {
   STD_TORCH_CHECK(file >= 0 && file < INT32_MAX, "`file` must be a file descriptor, got ", file);
   STD_TORCH_CHECK(num_threads >= 1 && num_threads <= 1024,
@@ -104,8 +107,8 @@ void read_rows_cpu(int64_t file, const Tensor& rows, const Tensor& into, const T
   check_file(file, num_threads);
   if (rows.numel() == 0) return;
   check_row_numbers(into_rows, "into_rows", into.size(0));
-  check_row_numbers(rows, "rows", INT64_MAX);
   const int64_t bytes = row_bytes(into);
+  check_row_numbers(rows, "rows", file_rows(bytes));
   auto* to = static_cast<char*>(into.data_ptr());
   const int64_t* to_row = into_rows.const_data_ptr<int64_t>();
   const int64_t* row = rows.const_data_ptr<int64_t>();
@@ -123,9 +126,9 @@ void write_rows_cpu(int64_t file, const Tensor& rows, const Tensor& from, const 
   check_copies(from, from_rows, rows);
   check_file(file, num_threads);
   if (rows.numel() == 0) return;
-  check_row_numbers(from_rows, "from_rows", from.size(0));
-  check_row_numbers(rows, "rows", INT64_MAX);
+  check_row_numbers(from_rows, "source_rows", from.size(0));
   const int64_t bytes = row_bytes(from);
+  check_row_numbers(rows, "rows", file_rows(bytes));
   auto* source = static_cast<char*>(from.data_ptr());
   const int64_t* from_row = from_rows.const_data_ptr<int64_t>();
   const int64_t* row = rows.const_data_ptr<int64_t>();

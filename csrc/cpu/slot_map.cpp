@@ -15,6 +15,12 @@ bool has_room(const SlotMap& map, int64_t rows) {
   return map.counters[kUsedEntries] + rows <= map.capacity / 4 * 3;
 }
 
+// The number of the newest batch that the map has rows of, or -1.
+int64_t newest_batch(const SlotMap& map) {
+  const int64_t tail = map.counters[kQueueTail];
+  return tail > map.counters[kQueueHead] ? map.queue[(tail - 1) % map.capacity].last : -1;
+}
+
 std::tuple<Tensor, Tensor> announce_rows_cpu(const Tensor& keys, const Tensor& entries,
                                              const Tensor& queue, const Tensor& counters,
                                              int64_t number) {
@@ -24,6 +30,8 @@ std::tuple<Tensor, Tensor> announce_rows_cpu(const Tensor& keys, const Tensor& e
   const int64_t size = keys.numel();
   const int64_t* key = keys.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(number >= 0 && number < INT32_MAX, "`number` must be in [0, 2**31 - 1)");
+  STD_TORCH_CHECK(number > newest_batch(map), "`number` must be above ", newest_batch(map),
+                  ", that of the batch before, got ", number);
   STD_TORCH_CHECK(has_room(map, size), "`state` must have room for ", size, " more rows");
   for (int64_t i = 0; i < size; ++i) {
     STD_TORCH_CHECK(key[i] >= 0, "`keys` must be >= 0, got ", key[i]);
@@ -86,12 +94,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> plan_slots_cpu(
   return {found, fill_keys, fill_slots, spill_keys, spill_slots, result.shortage};
 }
 
+// Slots must be held as often as they are named: each hold is taken away, and given back.
 void check_held(const Tensor& held, const SlotMap& map) {
   const int32_t* slot = held.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < held.numel(); ++i) {
-    STD_TORCH_CHECK(slot[i] >= 0 && slot[i] < map.num_slots && map.slots[slot[i]].state >= kHold,
-                    "`held` must be slots that are held, got ", slot[i]);
+  int64_t count = 0;
+  for (; count < held.numel(); ++count) {
+    const int32_t at = slot[count];
+    if (at < 0 || at >= map.num_slots || map.slots[at].state < kHold) break;
+    map.slots[at].state -= kHold;
   }
+  for (int64_t i = 0; i < count; ++i) map.slots[slot[i]].state += kHold;
+  STD_TORCH_CHECK(count == held.numel(), "`held` must be slots that are held, got ", slot[count]);
 }
 
 void release_slots_cpu(const Tensor& held, const Tensor& slots) {

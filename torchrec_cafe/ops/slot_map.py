@@ -311,7 +311,8 @@ def pool_keys(ids: Tensor, offsets: Tensor, ranges: Tensor, out_of_range: Tensor
         check_tensor("pool_keys", "offsets", offsets, torch.int64, (None,))
         check_tensor("pool_keys", "ranges", ranges, torch.int64, (None, 2))
         check_tensor("pool_keys", "out_of_range", out_of_range, torch.int64, (len(ranges),))
-        if len(ranges) == 0 or (offsets.numel() - 1) % len(ranges):
+        features = len(ranges)
+        if features == 0 or offsets.numel() == 0 or (offsets.numel() - 1) % features:
             raise ValueError(
                 f"pool_keys: `offsets` must have features * batch + 1 elements, got "
                 f"{offsets.numel()} for {len(ranges)} features"

@@ -155,9 +155,7 @@ class Scratchpad:
             OSError: if the store cannot be read or written.
         """
         self.refresh()
-        slots = self._mover.wait(lookup)
-        self._clean &= not lookup.train
-        return slots
+        return self._mover.wait(lookup)
 
     def begin_update(self, lookup: PlannedLookup) -> None:
         """Note that the rows of a batch are about to change.
@@ -166,8 +164,9 @@ class Scratchpad:
             lookup: of a batch that was waited for; mutated.
         """
         self.refresh()
+        self._clean = False
         if not lookup.train:
-            lookup.train, self._clean = True, False
+            lookup.train = True
             self._mover.ask(functools.partial(self._mover.mark_changed, lookup))
 
     def release(self, lookup: PlannedLookup) -> None:

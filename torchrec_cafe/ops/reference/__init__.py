@@ -23,6 +23,13 @@ from torchrec_cafe.ops.reference.cafe import (
     remap,
     second_row,
 )
+from torchrec_cafe.ops.reference.lookahead import (
+    SlotMap,
+    copy_rows,
+    pool_keys,
+    read_rows,
+    write_rows,
+)
 from torchrec_cafe.ops.reference.mem_rec import (
     bloom_bits,
     bloom_pool,
@@ -39,6 +46,7 @@ __all__ = [
     "INFLATION_LIMIT",
     "MAX_SCORE",
     "NORM_BLOCK",
+    "SlotMap",
     "add_second_rows",
     "bloom_bits",
     "bloom_pool",
@@ -47,6 +55,7 @@ __all__ = [
     "bloom_weigh",
     "bloom_weigh_backward",
     "bucket_of",
+    "copy_rows",
     "find",
     "hash64",
     "insert",
@@ -58,9 +67,12 @@ __all__ = [
     "mix_ids",
     "move_rows",
     "observe",
+    "pool_keys",
     "quotient_remainder",
+    "read_rows",
     "rebalance",
     "remap",
     "row_dots",
     "second_row",
+    "write_rows",
 ]
