@@ -53,11 +53,11 @@ CASES = {
 }
 QUICK_CASES = {"zipf 1.05": Case(8, 40_000, 64, 512, 1, 1.05, 0.05, (256, 128))}
 DEPTHS = (1, 2, 4, 8)
+MAIN_DEPTH = 4
 #: ways to keep the tables, and the depths that each is run with
 WAYS = {"dram": (0,), "mapped": (0,), "file": (0, *DEPTHS), "memory": (0, MAIN_DEPTH)}
 #: bytes of page cache for the code that runs
 LIBRARIES = 1 << 27
-MAIN_DEPTH = 4
 #: least samples per second of a way that looks ahead, over those of another
 TARGETS = {
     "file": {"dram": 0.9, "mapped": 2.8, "file, depth 0": 2.0},
