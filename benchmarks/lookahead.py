@@ -167,14 +167,14 @@ def _judge(name: str, case: Case, speeds: Mapping[str, Sequence[float]]) -> list
         Row(f"{name}/{way}", statistics.median(values), "samples/s")
         for way, values in speeds.items()
     ]
-    ours = speeds[f"file, depth {MAIN_DEPTH}"]
-    for other, target in TARGETS.items():
-        ratios = [mine / theirs for mine, theirs in zip(ours, speeds[other], strict=True)]
-        rows.append(Row(f"{name}/file over {other}", statistics.median(ratios), "x", 1.0, target))
-    in_memory = speeds[f"memory, depth {MAIN_DEPTH}"]
-    for other, target in (("dram", TARGETS["dram"]), ("memory, depth 0", None)):
-        ratios = [mine / theirs for mine, theirs in zip(in_memory, speeds[other], strict=True)]
-        rows.append(Row(f"{name}/memory over {other}", statistics.median(ratios), "x", 1.0, target))
+    for way, targets in TARGETS.items():
+        ours = speeds.get(f"{way}, depth {MAIN_DEPTH}")
+        for other, target in targets.items():
+            if ours is None or other not in speeds:
+                continue
+            ratios = [mine / theirs for mine, theirs in zip(ours, speeds[other], strict=True)]
+            ratio = statistics.median(ratios)
+            rows.append(Row(f"{name}/{way} over {other}", ratio, "x", 1.0, target))
     return rows
 
 

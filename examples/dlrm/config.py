@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NoReturn
 
-from torchrec_cafe.config import Cafe, MemRec
+from torchrec_cafe.config import Cafe, Lookahead, MemRec
 
 #: hash_whole: hash that may spend a quarter of its budget on whole small tables, as cafe does
 KINDS = (
@@ -21,7 +21,10 @@ KINDS = (
     "cafe",
     "cafe_single_level",
     "mem_rec",
+    "lookahead",
 )
+#: kinds that keep every row exact
+EXACT_KINDS = ("full", "lookahead")
 DEFAULT_KINDS = ("full", "hash", "cafe")
 ARCHITECTURES = ("dlrm", "dcn")
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
@@ -51,6 +54,8 @@ class TrainConfig:
     compression: tuple[float, ...] = _option((100.0,), "dense bytes / bytes of compressed tables")
     cafe: tuple[str, ...] = _option((), "arguments of Cafe, as NAME=VALUE,NAME=VALUE")
     mem_rec: tuple[str, ...] = _option((), "arguments of MemRec, as NAME=VALUE,NAME=VALUE")
+    lookahead: tuple[str, ...] = _option((), "arguments of Lookahead, as NAME=VALUE,NAME=VALUE")
+    depth: int = _option(4, "batches to look ahead, with tables of kind lookahead")
     arch: str = _option("dlrm", f"TorchRec model: {' or '.join(ARCHITECTURES)} (DLRM_DCN)")
     over_arch: tuple[int, ...] = _option((256, 128), "hidden layers after the interaction")
     embedding_dim: int = _option(16, "columns of every table, a multiple of 4")
@@ -86,6 +91,7 @@ class TrainConfig:
             raise ValueError("--seed and --compression need at least one value")
         self.cafe_arguments()
         self.mem_rec_arguments()
+        self.lookahead_arguments()
 
     def cafe_arguments(self) -> dict[str, Any]:
         """The arguments of Cafe that ``--cafe`` gives, by name.
@@ -103,9 +109,17 @@ class TrainConfig:
         """
         return _arguments("--mem_rec", MemRec, self.mem_rec)
 
+    def lookahead_arguments(self) -> dict[str, Any]:
+        """The arguments of Lookahead that ``--lookahead`` gives, by name.
+
+        Raises:
+            ValueError: if a name is unknown, or a value cannot be read or is out of range.
+        """
+        return _arguments("--lookahead", Lookahead, self.lookahead)
+
     def _check_numbers(self) -> None:
-        least = {"sample": 1, "batch_size": 1, "embedding_dim": 1}
-        for name, lowest in (least | {"epochs": 1, "max_steps": 0, "num_embeddings": 0}).items():
+        least = dict.fromkeys(("sample", "batch_size", "embedding_dim", "epochs", "depth"), 1)
+        for name, lowest in (least | {"max_steps": 0, "num_embeddings": 0}).items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}")
         for name in ("learning_rate", "dense_learning_rate"):
@@ -155,6 +169,7 @@ def _read(text: str, annotation: str) -> Any:
 def _arguments(flag: str, kind: Any, given: Sequence[str]) -> dict[str, Any]:
     """Arguments of a kind of table from ``NAME=VALUE``, compression and sizes left out."""
     types = {option.name: str(option.type) for option in dataclasses.fields(kind)}
+    all_names = set(types)
     for name in ("compression", "num_token_rows"):  # an option of its own, and what it decides
         types.pop(name, None)
     arguments: dict[str, Any] = {}
@@ -168,8 +183,9 @@ def _arguments(flag: str, kind: Any, given: Sequence[str]) -> dict[str, Any]:
             arguments[name] = _read(text, types[name])
         except ValueError:
             raise ValueError(f"{flag}: {name} must be {types[name]}, got {text!r}") from None
+    compression = {"compression": 1.0} if "compression" in all_names else {}
     try:
-        kind(compression=1.0, **arguments)
+        kind(**compression, **arguments)
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from None
     return arguments

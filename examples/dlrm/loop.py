@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from tqdm import tqdm
 
 import torchrec_cafe as tc
-from examples.dlrm.config import TrainConfig
+from examples.dlrm.config import EXACT_KINDS, TrainConfig
 from examples.dlrm.data import BatchLoader, ClickLog
 from examples.dlrm.model import constraints, shard
 
@@ -81,7 +82,7 @@ def run(
     if tables is None:
         tables = constraints(config, log, kind, compression)
     model, optimizer = shard(config, log, tables, device)
-    label = kind if kind == "full" else f"{kind} {compression:g}x"
+    label = kind if kind in EXACT_KINDS else f"{kind} {compression:g}x"
     label += f" seed {seed}" if len(config.seed) > 1 else ""
     speed = _train(config, log, model, optimizer, label, on_step)
     auc, log_loss = _evaluate(config, log, model, device, label)
@@ -95,7 +96,7 @@ def run(
         )
     return Result(
         kind=kind,
-        compression=1.0 if kind == "full" else compression,
+        compression=1.0 if kind in EXACT_KINDS else compression,
         seed=seed,
         auc=auc,
         log_loss=log_loss,
@@ -150,7 +151,7 @@ def _train(
             f"--batch_size {config.batch_size} on {dist.get_world_size()} ranks is more than the "
             f"{len(log.train.labels)} training samples; use a smaller one"
         )
-    pipeline = TrainPipelineSparseDist(model, optimizer, model.device)
+    pipeline = _pipeline(config, model, optimizer)
     batches = itertools.chain.from_iterable(loader for _ in range(config.epochs))
     per_step = config.batch_size * dist.get_world_size()
     writer = None
@@ -182,10 +183,21 @@ def _train(
     return (steps - warm_up) * per_step / elapsed
 
 
+def _pipeline(
+    config: TrainConfig, model: DistributedModelParallel, optimizer: CombinedOptimizer
+) -> TrainPipelineSparseDist[Any, Any]:
+    if tc.lookahead_statistics(model):
+        return tc.LookaheadTrainPipeline(model, optimizer, model.device, depth=config.depth)
+    return TrainPipelineSparseDist(model, optimizer, model.device)
+
+
 def _write(writer: SummaryWriter, model: nn.Module, loss: float, samples: int) -> None:
     writer.add_scalar("train/loss", loss, samples)
-    for name, statistics in tc.pool_statistics(model).items():
-        for statistic, value in statistics.items():
+    scalars = tc.pool_statistics(model)
+    for name, statistics in tc.lookahead_statistics(model).items():
+        scalars[name] = statistics.scalars()
+    for name, of_name in scalars.items():
+        for statistic, value in of_name.items():
             writer.add_scalar(f"{name}/{statistic}", value, samples)
 
 

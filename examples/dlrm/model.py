@@ -50,6 +50,7 @@ def constraints(
         "quotient_remainder": lambda: tc.QuotientRemainder(compression=compression),
         "cafe": lambda: tc.Cafe(compression=compression, **cafe),
         "cafe_single_level": lambda: tc.Cafe(compression=compression, **single_level),
+        "lookahead": lambda: tc.Lookahead(**config.lookahead_arguments()),
         "mem_rec": lambda: tc.MemRec(compression=compression, **config.mem_rec_arguments()),
     }
     table = kinds[kind]()

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from examples.dlrm.config import TrainConfig
+from examples.dlrm.config import EXACT_KINDS, TrainConfig
 from examples.dlrm.data import ClickLog
 from examples.dlrm.loop import Result
 
@@ -33,10 +33,10 @@ _METRICS = {
 
 def _names(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Results by name of their kind, ``hash`` or, with several compressions, ``hash@100x``."""
-    several = len({result.compression for result in results if result.kind != "full"}) > 1
+    several = len({result.compression for result in results if result.kind not in EXACT_KINDS}) > 1
     groups: dict[str, list[Result]] = {}
     for result in results:
-        plain = result.kind == "full" or not several
+        plain = result.kind in EXACT_KINDS or not several
         name = result.kind if plain else f"{result.kind}@{result.compression:g}x"
         groups.setdefault(name, []).append(result)
     return groups

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torchrec.distributed.planner.types import PlannerError
 
 from examples.dlrm import report
-from examples.dlrm.config import TrainConfig, parse_args
+from examples.dlrm.config import EXACT_KINDS, TrainConfig, parse_args
 from examples.dlrm.data import ClickLog, load_click_log
 from examples.dlrm.loop import Result, run
 from examples.dlrm.memory import keep_freed_pages
@@ -98,7 +98,7 @@ def train(config: TrainConfig) -> list[Result]:
     results = []
     for seed in config.seed:
         for kind in config.kinds:
-            for compression in config.compression if kind != "full" else (1.0,):
+            for compression in (1.0,) if kind in EXACT_KINDS else config.compression:
                 results.append(run(config, log, kind, compression, seed))
     if dist.get_rank() == 0:
         print(f"\n{report.save(config, log, results)}\n\nreport: {config.out}/report.md")

@@ -6,14 +6,14 @@ from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
 from torchrec_cafe.tables.lookahead import LookaheadBags, StoredTable
 from torchrec_cafe.tables.mem_rec import MemRecLayout, MemRecRows, MemRecSamples, sample_vectors
 from torchrec_cafe.tables.mem_rec_dense import DenseMemRecBags
-from torchrec_cafe.tables.row_store import FileStore, MemoryStore, RowStore
-from torchrec_cafe.tables.rows import QuotientRemainderRows, RowLookup, SharedRows, TableLayout
-from torchrec_cafe.tables.scratchpad import (
+from torchrec_cafe.tables.planned_lookup import (
     LookaheadStatistics,
     PlannedLookup,
-    Scratchpad,
     ScratchpadFullError,
 )
+from torchrec_cafe.tables.row_store import FileStore, MemoryStore, RowStore
+from torchrec_cafe.tables.rows import QuotientRemainderRows, RowLookup, SharedRows, TableLayout
+from torchrec_cafe.tables.scratchpad import Scratchpad
 from torchrec_cafe.tables.state import ShardedState
 from torchrec_cafe.tables.weights import IdFactors, WeightTable
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from torchrec_cafe.ops import PooledKeys, pool_keys
 from torchrec_cafe.tables._fbgemm import SlotTBE
-from torchrec_cafe.tables.row_store import RowStore
-from torchrec_cafe.tables.scratchpad import (
+from torchrec_cafe.tables.planned_lookup import (
     LookaheadStatistics,
     PlannedLookup,
-    Scratchpad,
     ScratchpadFullError,
 )
+from torchrec_cafe.tables.row_store import RowStore
+from torchrec_cafe.tables.scratchpad import Scratchpad
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""A batch on its way through a scratchpad, and what is counted on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class ScratchpadFullError(RuntimeError):
+    """A batch needs more rows at once than the scratchpad has slots."""
+
+
+@dataclass
+class LookaheadStatistics:
+    """What a scratchpad has done so far.
+
+    Attributes:
+        batches: batches that were looked up.
+        rows: distinct rows of these batches.
+        hits: rows that lay in a slot when their batch was planned.
+        fills: rows that were brought in.
+        critical_misses: rows that were asked for by their own lookup only: nobody had looked ahead,
+            or too few slots were free to do it.
+        bytes_in: bytes that were brought in, with optimizer state.
+        bytes_out: bytes that were written back.
+        seconds_moving: time spent planning and moving rows.
+        seconds_exposed: time that lookups waited for it.
+    """
+
+    batches: int = 0
+    rows: int = 0
+    hits: int = 0
+    fills: int = 0
+    critical_misses: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds_moving: float = 0.0
+    seconds_exposed: float = 0.0
+
+    @property
+    def seconds_hidden(self) -> float:
+        """Time spent planning and moving rows that no lookup waited for."""
+        return max(0.0, self.seconds_moving - self.seconds_exposed)
+
+    def scalars(self) -> dict[str, float]:
+        """All of it by name, for TensorBoard or a report."""
+        return dataclasses.asdict(self) | {"seconds_hidden": self.seconds_hidden}
+
+
+@dataclass(eq=False)
+class PlannedLookup:
+    """The rows of a batch, and where they lie once it is ready.
+
+    Attributes:
+        keys: int64 ``[N]``, row of each occurrence.
+        train: whether rows may change.
+        number: of the batch.
+        ahead: whether it is looked up later, and can be planned until then.
+        slots: int64 ``[N]``, slot of each occurrence, when it is ready.
+    """
+
+    keys: Tensor
+    train: bool
+    number: int
+    ahead: bool
+    slots: Tensor | None = None
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    held: Tensor | None = None
+    refused: ScratchpadFullError | None = None
+    begun: bool = False
+    released: bool = False

@@ -1,0 +1,282 @@
+"""The thread of a scratchpad: it notes the rows of each batch, gives them slots and moves rows.
+
+It alone touches the slot map, so that nothing of it has to be locked; rows that a planned batch
+uses never leave their slots, so that it never touches memory that the training touches.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import final
+
+from torch import Tensor
+
+from torchrec_cafe.ops import (
+    SlotMapState,
+    announce_rows,
+    plan_slots,
+    postpone_rows,
+    release_slots,
+    retract_rows,
+)
+from torchrec_cafe.ops.slot_map import DIRTY, HOLD
+from torchrec_cafe.tables.planned_lookup import (
+    LookaheadStatistics,
+    PlannedLookup,
+    ScratchpadFullError,
+)
+from torchrec_cafe.tables.row_store import RowStore
+
+
+@final
+class RowMover:
+    """The thread that plans and moves, and what it shares with the training's thread.
+
+    Attributes:
+        state: the slot map; the mover's own.
+        statistics: what it has done.
+    """
+
+    def __init__(self, slots: Sequence[Tensor], store: RowStore, name: str) -> None:
+        self.state = SlotMapState.empty(len(slots[0]))
+        self.statistics = LookaheadStatistics()
+        self._slots = slots
+        self._store = store
+        self._name = name
+        self._changed = threading.Condition()
+        # All below is shared, under the condition.
+        self._new: list[PlannedLookup] = []  # to be announced
+        self._waiting: list[PlannedLookup] = []  # announced, to be planned
+        self._planned: list[PlannedLookup] = []  # planned, not released
+        self._released: list[Tensor] = []  # slots to let go of
+        self._asked: list[Callable[[], None]] = []
+        self._urgent: PlannedLookup | None = None
+        self._may_plan = True  # something has changed since planning has failed
+        self._error: BaseException | None = None
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    # --- called by the training's thread ---------------------------------------------------------
+
+    def submit(self, lookup: PlannedLookup) -> None:
+        """Have a batch announced and, when there is room, planned."""
+        with self._changed:
+            self._raise()
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name=f"look-ahead of {self._name}", daemon=True
+                )
+                self._thread.start()
+            self._new.append(lookup)
+            self._changed.notify_all()
+
+    def wait(self, lookup: PlannedLookup) -> Tensor:
+        """Wait until a batch is planned and its rows are in their slots."""
+        begin = time.perf_counter()
+        with self._changed:
+            if lookup.slots is None:
+                self._urgent = lookup
+                self._changed.notify_all()
+                while lookup.slots is None and lookup.refused is None and self._error is None:
+                    self._changed.wait()
+                self._urgent = None
+                self.statistics.seconds_exposed += time.perf_counter() - begin
+            self._raise()
+            if lookup.refused is not None:
+                raise lookup.refused
+            lookup.begun = True
+            self.statistics.batches += 1
+            self.statistics.rows += len(lookup.rows)
+        assert lookup.slots is not None
+        return lookup.slots
+
+    def release(self, lookup: PlannedLookup) -> None:
+        """Have the slots of a batch released, at once or as soon as it has some."""
+        with self._changed:
+            if lookup in self._planned:
+                self._let_go(lookup)
+                self._changed.notify_all()
+
+    def _let_go(self, lookup: PlannedLookup) -> None:
+        assert lookup.held is not None
+        self._planned.remove(lookup)
+        self._released.append(lookup.held)
+        self._may_plan = True
+
+    def ask(self, task: Callable[[], None]) -> None:
+        """Have something done between two moves, and wait for it."""
+        if self._thread is None:
+            return  # there are no rows yet
+        with self._changed:
+            self._raise()
+            self._asked.append(task)
+            self._changed.notify_all()
+            while task in self._asked and self._error is None:
+                self._changed.wait()
+            self._raise()
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    # --- the thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                step = self._step()
+                while step is None and not self._closed:
+                    self._changed.wait()
+                    step = self._step()
+                if step is None or self._closed:
+                    return
+            try:
+                begin = time.perf_counter()
+                step()
+                self.statistics.seconds_moving += time.perf_counter() - begin
+            except BaseException as error:  # noqa: BLE001  the training's thread raises it
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+
+    def _step(self) -> Callable[[], None] | None:
+        """What to do next, if anything."""
+        if self._asked:
+            return self._answer
+        if self._new:
+            return self._announce
+        if self._urgent is not None and self._urgent in self._waiting:
+            return self._plan_urgent
+        if self._waiting and self._may_plan:
+            return self._plan_next
+        return None
+
+    def _answer(self) -> None:
+        self._asked[0]()
+        with self._changed:
+            self._asked.pop(0)
+            self._changed.notify_all()
+
+    def _announce(self) -> None:
+        lookup = self._new[0]
+        announced = announce_rows(lookup.keys, self.state, lookup.number)
+        lookup.rows, lookup.positions = announced
+        with self._changed:
+            self._new.pop(0)
+            self._waiting.append(lookup)
+            self._may_plan = True
+
+    def _plan_next(self) -> None:
+        with self._changed:
+            lookup = self._waiting[0]
+            self._may_plan = False
+        self._plan(lookup, urgent=False)
+
+    def _plan_urgent(self) -> None:
+        with self._changed:
+            lookup = self._urgent
+        if lookup is None:
+            return
+        missing = self._plan(lookup, urgent=False)
+        if missing > 0:
+            lookup.ahead = False
+            missing = self._plan(lookup, urgent=True)
+        while missing > 0:
+            with self._changed:
+                others = [planned for planned in self._planned if not planned.begun]
+            if not others:
+                return self._refuse(lookup, missing)
+            self._postpone(others[-1])
+            missing = self._plan(lookup, urgent=True)
+
+    def _refuse(self, lookup: PlannedLookup, missing: int) -> None:
+        retract_rows(lookup.rows, self.state)
+        with self._changed:
+            self._waiting.remove(lookup)
+            lookup.refused = self._too_few_slots(lookup, missing)
+            self._changed.notify_all()
+
+    def _postpone(self, lookup: PlannedLookup) -> None:
+        """Take the slots of a batch that has not begun; it is planned again in its turn."""
+        assert lookup.held is not None
+        postpone_rows(lookup.rows, lookup.held, self.state)
+        with self._changed:
+            self._planned.remove(lookup)
+            lookup.slots = lookup.held = None
+            self._waiting.append(lookup)
+            self._waiting.sort(key=lambda waiting: waiting.number)
+
+    def _plan(self, lookup: PlannedLookup, *, urgent: bool) -> int:
+        """Plan a batch and move its rows; returns how many slots are missing."""
+        with self._changed:
+            released, self._released = self._released, []
+            live = [other.number for other in (*self._waiting, *self._planned)]
+        for held in released:
+            release_slots(held, self.state)
+        plan = plan_slots(
+            lookup.rows, self.state, oldest=min(live), urgent=urgent, train=lookup.train
+        )
+        if plan.shortage > 0:
+            return plan.shortage
+        self._store.write(plan.spill_rows, self._slots, plan.spill_slots)
+        self._store.read(plan.fill_rows, self._slots, plan.fill_slots)
+        slots = plan.found[lookup.positions].long()
+        with self._changed:
+            self._count(lookup, len(plan.fill_rows), len(plan.spill_rows))
+            lookup.held, lookup.slots = plan.found, slots
+            self._waiting.remove(lookup)
+            self._planned.append(lookup)
+            if lookup.released:
+                self._let_go(lookup)
+            self._changed.notify_all()
+        return 0
+
+    def _count(self, lookup: PlannedLookup, fills: int, spills: int) -> None:
+        statistics, row_bytes = self.statistics, self._store.row_bytes
+        statistics.hits += len(lookup.rows) - fills
+        statistics.fills += fills
+        statistics.bytes_in += fills * row_bytes
+        statistics.bytes_out += spills * row_bytes
+        if not lookup.ahead:
+            statistics.critical_misses += fills
+
+    def _too_few_slots(self, lookup: PlannedLookup, missing: int) -> ScratchpadFullError:
+        num_slots = len(self.state.slots)
+        return ScratchpadFullError(
+            f"{self._name}: a batch has {len(lookup.rows)} distinct rows, and the scratchpad has "
+            f"{num_slots} slots, {missing} too few with what other batches hold that are looked "
+            f"up and not yet updated; use Lookahead(cache_fraction=...) for at least "
+            f"{num_slots + missing} slots or smaller batches"
+        )
+
+    # --- asked for -------------------------------------------------------------------------------
+
+    def write_back(self) -> None:
+        """Write all slots that differ from the store."""
+        rows, states = self.state.slots.unbind(1)
+        dirty = ((rows >= 0) & (states & DIRTY > 0)).nonzero().squeeze(1)
+        self._store.write(rows[dirty], self._slots, dirty)
+        self.statistics.bytes_out += len(dirty) * self._store.row_bytes
+        # Slots of planned batches have yet to change.
+        states[dirty[states[dirty] < HOLD]] &= ~DIRTY
+
+    def mark_changed(self, lookup: PlannedLookup) -> None:
+        """Note that the slots of a planned batch differ from the store."""
+        assert lookup.held is not None
+        self.state.slots[lookup.held.long(), 1] |= DIRTY
+
+    def read_anew(self) -> None:
+        """Read all rows that lie in slots."""
+        rows = self.state.slots[:, 0]
+        held = (rows >= 0).nonzero().squeeze(1)
+        self._store.read(rows[held], self._slots, held)
+        self.statistics.bytes_in += len(held) * self._store.row_bytes
