@@ -79,6 +79,11 @@ class _Process:
         self.connection.send((depth, steps))
         return self.receive()
 
+    def end(self) -> None:
+        """Let the process end."""
+        self.connection.send(None)
+        self.process.join()
+
     def receive(self) -> tuple[list[float], dict[str, float]]:
         """What the process sends, or the end of the run if it has died."""
         while not self.connection.poll(1):
@@ -145,6 +150,7 @@ def measure(
     for number in tqdm(range(rounds + 1), desc=f"{name}: rounds", leave=False):
         for process in processes:
             for depth in process.depths:
+                os.sync()  # nobody pays for what another has left to be written
                 seconds, statistics_ = process.turn(depth, steps)
                 if number == 0:
                     continue  # caches fill
@@ -154,8 +160,7 @@ def measure(
                 for key, value in statistics_.items():
                     total[key] = total.get(key, 0.0) + value
     for process in processes:
-        process.connection.send(None)
-        process.process.join()
+        process.end()
     rows = _judge(name, case, speeds)
     for way, total in counted.items():
         rows += _moved(f"{name}/{way}", total)

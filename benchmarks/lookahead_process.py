@@ -39,6 +39,7 @@ from benchmarks.common import zipf_ids
 from benchmarks.page_cache import MemoryGroup
 from examples.dlrm.memory import keep_freed_pages
 from examples.dlrm.train import quieten
+from torchrec_cafe.distributed import ShardedCompressedEmbeddingBagCollection
 
 NUM_DENSE = 13
 OPTIMIZER: dict[str, Any] = {
@@ -239,6 +240,15 @@ class Trained:
         loss.backward()
         self._optimizer.step()
 
+    def fill(self, data: Iterator[Batch]) -> None:
+        """Train the tables alone until the scratchpad is full, as in the middle of a training."""
+        slots = int(self._case.tables * self._case.rows * self._case.cache_fraction)
+        for module in self.model.modules():
+            if isinstance(module, ShardedCompressedEmbeddingBagCollection):
+                while self.statistics()["fills"] < 1.1 * slots:
+                    pooled = module(next(data).sparse_features).values()
+                    (1e-3 * pooled).sum().backward()
+
     def statistics(self) -> dict[str, float]:
         """What the scratchpad has done so far; empty without one."""
         return {
@@ -270,6 +280,7 @@ def serve(
         trained = Trained(case, way, folder)
         keep_freed_pages()
         trained.turn(data, 0, 1)
+        trained.fill(data)
         limit = group.limit(page_cache) if group else 0
         connection.send(limit)
         while (command := connection.recv()) is not None:

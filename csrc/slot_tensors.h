@@ -60,4 +60,13 @@ inline void check_row_numbers(const Tensor& numbers, const char* name, int64_t n
   }
 }
 
+// Rows in memory and rows elsewhere, one each.
+inline void check_copies(const Tensor& into, const Tensor& into_rows, const Tensor& rows) {
+  check_rows(into, "into");
+  check_tensor(into_rows, "into_rows", ScalarType::Long, 1);
+  check_tensor(rows, "rows", ScalarType::Long, 1);
+  check_device(into, into_rows, rows);
+  STD_TORCH_CHECK(rows.numel() == into_rows.numel(), "rows must be as long as into_rows");
+}
+
 }  // namespace torchrec_cafe

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder as TorchRecSharder
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
@@ -43,7 +43,6 @@ from torchrec_cafe.distributed.types import (
     physical_kernel,
     sharding_types,
 )
-from torchrec_cafe.tables import LookaheadStatistics
 
 # Key under which the compressed tables of a sharding type are kept apart from TorchRec's own, so
 # that those keep TorchRec's input dist, lookup and kernels.
@@ -373,65 +372,3 @@ class EmbeddingBagCollectionSharder(TorchRecSharder):
             module_fqn=module_fqn,
             sharded_module_order_overwrite=self._sharded_module_order_overwrite,
         )
-
-
-def resident_bytes(module: nn.Module) -> int:
-    """Bytes that the embedding tables of a sharded model keep resident on this rank.
-
-    Weights, sketches and maps as they are allocated, compressed or not; optimizer state is not
-    counted.
-
-    Args:
-        module: a model, sharded by ``DistributedModelParallel``.
-    """
-    total = 0
-    for child in module.modules():
-        if not isinstance(child, ShardedEmbeddingBagCollection):
-            continue
-        for kernel in kernels_of(child):
-            if isinstance(kernel, LookaheadEmbeddingBag):
-                total += kernel.bags.resident_bytes
-                continue
-            weights: list[Tensor] = kernel.split_embedding_weights()
-            total += sum(w.numel() * w.element_size() for w in weights)
-            if isinstance(kernel, CompressedEmbeddingBag) and kernel.bags.state is not None:
-                total += kernel.bags.state.num_bytes
-            if isinstance(kernel, DenseMemRecEmbeddingBag):
-                total += kernel.bags.weights.numel() * kernel.bags.weights.element_size()
-    return total
-
-
-def pool_statistics(module: nn.Module) -> dict[str, dict[str, float]]:
-    """What the sketches of a sharded model have done so far, on this rank.
-
-    Args:
-        module: a model, sharded by ``DistributedModelParallel``.
-
-    Returns:
-        By name of the pool, the statistics of
-        :meth:`torchrec_cafe.tables.HotRowPool.statistics`.
-    """
-    return {
-        kernel.group.name: kernel.bags.pool.statistics()
-        for child in module.modules()
-        if isinstance(child, ShardedCompressedEmbeddingBagCollection)
-        for kernel in child.compressed_kernels()
-        if kernel.bags.pool is not None
-    }
-
-
-def lookahead_statistics(module: nn.Module) -> dict[str, LookaheadStatistics]:
-    """What the look-ahead tables of a sharded model have done so far, on this rank.
-
-    Args:
-        module: a model, sharded by ``DistributedModelParallel``.
-
-    Returns:
-        By name of the group.
-    """
-    return {
-        kernel.group.name: kernel.bags.statistics
-        for child in module.modules()
-        if isinstance(child, ShardedCompressedEmbeddingBagCollection)
-        for kernel in child.lookahead_kernels()
-    }

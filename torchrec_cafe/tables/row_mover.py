@@ -227,8 +227,8 @@ class RowMover:
         )
         if plan.shortage > 0:
             return plan.shortage
-        self._store.write(plan.spill_rows, self._slots, plan.spill_slots)
-        self._store.read(plan.fill_rows, self._slots, plan.fill_slots)
+        out, into = (plan.spill_rows, plan.spill_slots), (plan.fill_rows, plan.fill_slots)
+        self._store.exchange(self._slots, out, into)
         slots = plan.found[lookup.positions].long()
         with self._changed:
             self._count(lookup, len(plan.fill_rows), len(plan.spill_rows))

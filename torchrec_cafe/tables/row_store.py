@@ -10,6 +10,7 @@ import fcntl
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import final
 
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from torchrec_cafe.ops import copy_rows, read_rows, write_rows
+
+#: What O_DIRECT moves, at least.
+BLOCK_BYTES = 512
 
 
 class RowStore(ABC):
@@ -54,6 +58,25 @@ class RowStore(ABC):
         Raises:
             OSError: if the store cannot be written.
         """
+
+    def exchange(
+        self,
+        slots: Sequence[Tensor],
+        out: tuple[Tensor, Tensor],
+        into: tuple[Tensor, Tensor],
+    ) -> None:
+        """Write some rows, then read others into the slots that these leave, and more.
+
+        Args:
+            slots: tensors like :attr:`tensors`, mutated.
+            out: int64 ``[n]``, rows to write, and where they lie.
+            into: int64 ``[m]``, rows to read, none of which is written, and where to.
+
+        Raises:
+            OSError: if the store cannot be read or written.
+        """
+        self.write(out[0], slots, out[1])
+        self.read(into[0], slots, into[1])
 
     @abstractmethod
     def sync(self) -> None:
@@ -98,12 +121,16 @@ class MemoryStore(RowStore):
 
 @final
 class FileStore(RowStore):
-    """Rows in files, one for the weights and one for each state.
+    """Rows in files: one for the weights, and one for each state that is as wide as they are.
 
     The files are the working copy of one process, which locks them: they are made anew, and what
     they hold after a crash is a mixture of old and new rows. Checkpoints are what survives.
+
     Rows are moved by ``pread`` and ``pwrite`` on several threads, so that the disk sees many
-    requests at a time; :attr:`tensors` map the same pages.
+    requests at a time. Where rows are whole blocks of 512 bytes and the file system allows it, they
+    pass by the page cache (``O_DIRECT``): it would read a page to change a part of it, and hold
+    rows that the slots hold already. :attr:`tensors` map the files, for whoever wants whole tables.
+    A state of a number per row stays in memory: a disk would move a block for each.
 
     Args:
         directory: where the files lie; made if there is none.
@@ -122,12 +149,17 @@ class FileStore(RowStore):
         """Make the files; see the class."""
         directory.mkdir(parents=True, exist_ok=True)
         self._io_threads = io_threads
-        self._files: list[int] = []
+        self._files: list[int | None] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="rows to files")
         self.tensors = []
         for number, tensor in enumerate(like):
-            name = "weights" if number == 0 else f"state_{number}"
             shape = (num_rows, *tensor.shape[1:])
-            self._add(directory / name, shape, tensor.dtype)
+            if tensor.dim() == 1:
+                self._files.append(None)
+                self.tensors.append(torch.empty(shape, dtype=tensor.dtype))
+            else:
+                name = "weights" if number == 0 else f"state_{number}"
+                self._add(directory / name, shape, tensor.dtype)
         _start(self.tensors[1:], like[1:])
 
     def _add(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -146,28 +178,55 @@ class FileStore(RowStore):
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         whole = torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
         self.tensors.append(whole[: torch.Size(shape).numel()].view(shape))
+        if torch.Size(shape[1:]).numel() * dtype.itemsize % BLOCK_BYTES == 0:
+            with contextlib.suppress(OSError):  # not every file system can
+                flags = fcntl.fcntl(file, fcntl.F_GETFL)
+                fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
 
     def read(self, rows: Tensor, into: Sequence[Tensor], at: Tensor) -> None:
         """See :meth:`RowStore.read`."""
-        for file, target in zip(self._files, into, strict=True):
-            read_rows(file, rows, target, at, num_threads=self._io_threads)
+        for file, tensor, target in zip(self._files, self.tensors, into, strict=True):
+            if file is None:
+                copy_rows(target, at, tensor, rows)
+            else:
+                read_rows(file, rows, target, at, num_threads=self._io_threads)
 
     def write(self, rows: Tensor, source: Sequence[Tensor], at: Tensor) -> None:
         """See :meth:`RowStore.write`."""
-        for file, given in zip(self._files, source, strict=True):
-            write_rows(file, rows, given, at, num_threads=self._io_threads)
+        for file, tensor, given in zip(self._files, self.tensors, source, strict=True):
+            if file is None:
+                copy_rows(tensor, rows, given, at)
+            else:
+                write_rows(file, rows, given, at, num_threads=self._io_threads)
+
+    def exchange(
+        self,
+        slots: Sequence[Tensor],
+        out: tuple[Tensor, Tensor],
+        into: tuple[Tensor, Tensor],
+    ) -> None:
+        """See :meth:`RowStore.exchange`; writes and reads go on at the same time."""
+        rows, at = out
+        leaving = [tensor[at] for tensor in slots]
+        written = self._writer.submit(self.write, rows, leaving, torch.arange(len(rows)))
+        try:
+            self.read(into[0], slots, into[1])
+        finally:
+            written.result()
 
     def sync(self) -> None:
         """See :meth:`RowStore.sync`."""
         for file in self._files:
-            os.fsync(file)
+            if file is not None:
+                os.fsync(file)
 
     def close(self) -> None:
         """Let go of the files; the store is of no use any more."""
         for file in self._files:
-            with contextlib.suppress(OSError):
+            if file is not None:
                 os.close(file)
         self._files = []
+        self._writer.shutdown(wait=False)
 
     def __del__(self) -> None:
         """Let go of the files."""
