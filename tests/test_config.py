@@ -13,7 +13,7 @@ import torchrec_cafe as tc
 from torchrec_cafe.config import TableShape, remainder_rows
 from torchrec_cafe.config import memory as constants
 from torchrec_cafe.config.hashing import fewest_rows
-from torchrec_cafe.ops import SketchState, bloom
+from torchrec_cafe.ops import SketchState, SlotMapState, bloom
 
 
 def shapes(*sizes: int, dim: int = 16) -> list[TableShape]:
@@ -229,3 +229,27 @@ def test_constants_that_layers_may_not_share_agree():
     )
     table = torch.tensor([[5, 1, 0, 0, 0]])
     bloom.bloom_rows(torch.arange(5), torch.arange(6), table, bits)  # and no more, says test_bloom
+
+
+def test_look_ahead_tables_cost_their_slots():
+    memory = tc.Lookahead(cache_fraction=0.01).memory(1_000_000, 128, "float32")
+    assert memory.hot_bytes == 10_000 * 512
+    assert memory.map_bytes == 10_000 * constants.SLOT_MAP_BYTES
+    assert memory.backing_bytes == memory.dense_bytes == 1_000_000 * 512
+    assert memory.total_bytes == memory.hot_bytes + memory.map_bytes
+    real = SlotMapState.empty(10_000)
+    assert real.num_bytes == pytest.approx(memory.map_bytes, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cache_fraction": 0.0}, r"cache_fraction must be in \(0, 1\], got 0.0"),
+        ({"cache_fraction": 1.5}, r"cache_fraction must be in \(0, 1\], got 1.5"),
+        ({"path": ""}, "path must be a directory or None, got ''"),
+        ({"io_threads": 0}, r"io_threads must be in \[1, 1024\], got 0"),
+    ],
+)
+def test_look_ahead_tables_refuse_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tc.Lookahead(**arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from pathlib import Path
 
@@ -235,3 +236,41 @@ def test_ranks_agree_on_the_plan(tmp_path: Path):
     first, second = run_ranks(2, tmp_path, _collective_plan)
     assert first == second
     assert "customized_kernel" in first
+
+
+def test_look_ahead_tables_are_refused_where_they_cannot_be():
+    ahead = tc.Lookahead(cache_fraction=0.1)
+    constraint = tc.ParameterConstraints(table=ahead, sharding_types=["column_wise"])
+    with pytest.raises(
+        ValueError, match=r"table 't_big': a Lookahead table can be sharded row_wise"
+    ):
+        models.planner({"t_big": constraint}, 2)
+    on_cuda = tc.EmbeddingShardingPlanner(
+        topology=Topology(world_size=2, compute_device="cuda"),
+        constraints={"t_big": tc.ParameterConstraints(table=ahead)},
+        debug=False,
+    )
+    with pytest.raises(ValueError, match=r"table 't_big': Lookahead tables run on the CPU so far"):
+        on_cuda.plan(models.collection(), [models.sharder()])
+
+
+@pytest.mark.parametrize("sharding_type", ["row_wise", "table_wise", "table_row_wise"])
+def test_look_ahead_tables_are_planned_at_their_size(sharding_type):
+    ahead = tc.ParameterConstraints(table=tc.Lookahead(), sharding_types=[sharding_type])
+    plan = models.planner({"t_big": ahead, "t_hash": ahead}, 2).plan(
+        models.collection(), [models.sharder()]
+    )
+    for name in ("t_big", "t_hash"):
+        entry = plan.plan[""][name]
+        assert isinstance(entry, CompressedParameterSharding)
+        assert entry.sharding_type == sharding_type
+        shards = entry.sharding_spec.shards
+        assert sum(shard.shard_sizes[0] for shard in shards) == models.SIZES[name]
+        group = entry.group
+        slots = math.ceil(0.05 * 5700)
+        assert group.num_slots == slots
+        assert group.resident_bytes == slots * (8 * 4 + 100)
+        planned = planned_rows(group, name, 8 * 4)
+        share = slots * 132 / 32 * models.SIZES[name] / 5700
+        assert planned == models.SIZES[name] + round(share)
+        assert planned_rows(group, name, 8 * 4, "cuda") == round(share)

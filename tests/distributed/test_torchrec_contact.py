@@ -13,6 +13,9 @@ from torchrec.distributed.sharding.rw_sharding import (
     RwSparseFeaturesDist,
 )
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
+from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.runtime_forwards import PrefetchPipelinedForward
 
 from torchrec_cafe.distributed import _torchrec
 from torchrec_cafe.tables import RowRangeTBE
@@ -36,6 +39,23 @@ def test_attributes_that_we_read_or_set():
     assert "zch_bucketize_row_pos," in source(RwSparseFeaturesDist.forward)
     assert "self._grouped_embedding_configs" in source(RwPooledEmbeddingSharding.create_lookup)
     assert "self._sharded_module_order_overwrite" in source(EmbeddingBagCollectionSharder.shard)
+
+
+def test_pipelines_do_what_ours_relies_on():
+    pipeline = PrefetchTrainPipelineSparseDist
+    assert "self._pipelined_modules" in source(pipeline.start_sparse_data_dist)
+    assert "fused_splits_awaitables" in source(pipeline.wait_sparse_data_dist)
+    assert "input_dist_tensors_requests[name]" in source(pipeline.wait_sparse_data_dist)
+    assert "self._set_module_context(self.contexts[0])" in source(pipeline.dequeue_batch)
+    forward = source(PrefetchPipelinedForward.__call__)
+    assert "module_input_post_prefetch.pop(self._name)" in forward
+    assert "module_contexts_post_prefetch.pop(self._name)" in forward
+    assert "lookup.flush()" in source(ShardedEmbeddingBagCollection)
+    assert "lookup.purge()" in source(ShardedEmbeddingBagCollection)
+    assert "self._feature_splits" in source(GroupedPooledEmbeddingsLookup.forward)
+    assert "self._grouped_embedding_configs_per_rank[self._rank]" in source(
+        TwRwPooledEmbeddingSharding.create_lookup
+    )
 
 
 def test_methods_that_we_override_are_called():

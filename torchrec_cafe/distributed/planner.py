@@ -242,6 +242,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         for config in collection.embedding_bag_configs():
             kind = self._kinds.get(config.name)
             if kind is not None:
+                _check_device(config.name, kind, self._topology.compute_device)
                 _check_pooling(config, kind, is_weighted=collection.is_weighted())
                 key = (
                     kind,
@@ -334,6 +335,14 @@ def _check_constraint(name: str, constraint: ParameterConstraints) -> None:
         raise ValueError(
             f"table {name!r}: the compute kernel of a compressed table is its own, got "
             f"compute_kernels={kernels}; leave compute_kernels out"
+        )
+
+
+def _check_device(name: str, kind: TableKind, device: str) -> None:
+    if isinstance(kind, Lookahead) and device != "cpu":
+        raise ValueError(
+            f"table {name!r}: Lookahead tables run on the CPU so far, got "
+            f"compute_device={device!r}; use TorchRec's fused_uvm_caching or another kind of table"
         )
 
 
