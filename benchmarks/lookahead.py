@@ -48,8 +48,8 @@ from torchrec_cafe.ops import read_rows
 
 MLPERF = (1024, 1024, 512, 256)
 CASES = {
-    "zipf 1.05": Case(26, 460_000, 128, 2048, 1, 1.05, 0.05, MLPERF),
-    "zipf 0.8": Case(26, 460_000, 128, 2048, 1, 0.8, 0.05, MLPERF),
+    "zipf 1.05": Case(26, 230_000, 128, 2048, 1, 1.05, 0.05, MLPERF),
+    "zipf 0.8": Case(26, 230_000, 128, 2048, 1, 0.8, 0.05, MLPERF),
 }
 QUICK_CASES = {"zipf 1.05": Case(8, 40_000, 64, 512, 1, 1.05, 0.05, (256, 128))}
 DEPTHS = (1, 2, 4, 8)
@@ -231,8 +231,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu",), default="cpu")
     parser.add_argument("--cases", default="", help="comma-separated; all by default")
     parser.add_argument("--ways", default=",".join(WAYS), help="what to compare; all by default")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a turn")
     parser.add_argument("--folder", default="", help="where files lie; a local disk")
     parser.add_argument("--json", default="", help="where to write the figures")
     parser.add_argument("--plot", default="", help="where to draw the depths")

@@ -47,7 +47,7 @@ OPTIMIZER: dict[str, Any] = {
     "learning_rate": 0.05,
 }
 #: steps of a turn before the clock starts: pipelines fill
-LEAD = 3
+LEAD = 2
 
 
 @dataclass(frozen=True)

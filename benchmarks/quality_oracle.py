@@ -54,7 +54,8 @@ class Budget:
         Raises:
             ValueError: if the budget is too small for Cafe.
         """
-        allocation = tc.Cafe(compression=compression).allocate(shapes)
+        # As the study's Cafe is.
+        allocation = tc.Cafe(compression=compression, num_weight_hashes=0).allocate(shapes)
         shared_rows = tuple(allocation.shared_rows[shape.name] for shape in shapes)
         return cls(
             shared_rows=shared_rows,

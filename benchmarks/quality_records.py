@@ -16,7 +16,7 @@ PAPER = {100.0: 0.81, 1000.0: 0.78, 10000.0: 0.56}
 #: how far below a freshly warmed sketch's Cafe's AUC may be, a day after the shift
 RECOVERY = 0.002
 #: what is held to the targets
-JUDGED = ("cafe", "cafe_single_level")
+JUDGED = ("cafe", "cafe_single_level", "cafe_factors")
 _UNITS = {"auc": "", "log_loss": "nats", "embedding_bytes": "bytes"}
 
 #: a metric of one cell of the study, by seed

@@ -24,6 +24,8 @@ from torchrec_cafe.tables import HotRowPool
 
 #: compressions at which what is compared with cafe alone is trained by default
 _ABLATED = (100.0, 1000.0)
+#: arguments of Cafe in every variant that does not say how many weights a factor has
+WITHOUT_FACTORS = ("num_weight_hashes=0",)
 #: variants that are made from arguments of a kind and a number of epochs, such as
 #: ``cafe:hot_fraction=.5+half_life=300`` or ``mem_rec:num_hashes=2+epochs=3``
 _GENERIC = re.compile(r"(full|hash|cafe|mem_rec):([^/]+)")
@@ -108,7 +110,7 @@ def per_table(
     """
     pooled: dict[str, tc.Cafe] = {}
     for number, shape in enumerate(shapes):
-        own = tc.Cafe(compression=compression * (1 + 1e-9 * number))
+        own = tc.Cafe(compression=compression * (1 + 1e-9 * number), num_weight_hashes=0)
         if _fits(own, [shape]):
             pooled[shape.name] = own
     hashed = tc.Hash(compression=compression)
@@ -141,7 +143,8 @@ class Variant:
     Attributes:
         text: what it is, for the report.
         kind: of :data:`examples.dlrm.config.KINDS`.
-        cafe: the option ``--cafe``.
+        cafe: the option ``--cafe``. Without learned factors, unless it says how many: what they
+            do is a variant of its own.
         mem_rec: the option ``--mem_rec``.
         epochs: how often to go through the data.
         ablation: whether it is compared with cafe alone, at two compressions by default.
@@ -153,7 +156,7 @@ class Variant:
 
     text: str
     kind: str = "cafe"
-    cafe: tuple[str, ...] = ()
+    cafe: tuple[str, ...] = WITHOUT_FACTORS
     mem_rec: tuple[str, ...] = ()
     epochs: int = 1
     ablation: bool = False
@@ -170,7 +173,7 @@ class Variant:
 
 
 def _ablation(text: str, *cafe: str) -> Variant:
-    return Variant(text=text, cafe=cafe, ablation=True)
+    return Variant(text=text, cafe=(*WITHOUT_FACTORS, *cafe), ablation=True)
 
 
 VARIANTS = {
@@ -181,12 +184,15 @@ VARIANTS = {
         kind="hash_whole",
     ),
     "quotient_remainder": Variant(text="QuotientRemainder", kind="quotient_remainder"),
-    "cafe": Variant(text="Cafe: multi-level, ids between hot and cold look up two shared rows"),
+    "cafe": Variant(
+        text="Cafe without learned factors: ids between hot and cold look up two shared rows"
+    ),
     "cafe_single_level": Variant(
-        text="Cafe without second rows: ids are hot or cold", kind="cafe_single_level"
+        text="the same without second rows: ids are hot or cold", kind="cafe_single_level"
     ),
     "cafe_factors": Variant(
-        text="Cafe whose ids have learned factors of four weights", cafe=("num_weight_hashes=4",)
+        text="Cafe whose ids have learned factors of four weights, the default from 50x on",
+        cafe=("num_weight_hashes=4",),
     ),
     "mem_rec": Variant(text="MEM-REC, a row and four weights an id", kind="mem_rec"),
     "mem_rec_two_rows": Variant(
@@ -226,6 +232,11 @@ VARIANTS = {
 }
 
 
+def _with_default(arguments: Sequence[str]) -> tuple[str, ...]:
+    says_how_many = any(text.startswith("num_weight_hashes=") for text in arguments)
+    return (*(() if says_how_many else WITHOUT_FACTORS), *arguments)
+
+
 def variant(name: str) -> Variant:
     """A variant by its name, or one made from arguments.
 
@@ -253,7 +264,7 @@ def variant(name: str) -> Variant:
     return replace(
         VARIANTS[kind],
         text=f"{kind} with {', '.join(text.split('+'))}",
-        cafe=tuple(arguments) if kind == "cafe" else (),
+        cafe=_with_default(arguments) if kind == "cafe" else (),
         mem_rec=tuple(arguments) if kind == "mem_rec" else (),
         epochs=int(epochs[0]) if epochs else 1,
         ablation=kind == "cafe" and not epochs,

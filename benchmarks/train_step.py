@@ -62,8 +62,8 @@ BASELINE = "hash"
 KINDS: dict[str, tc.Hash | tc.Cafe] = {
     BASELINE: tc.Hash(compression=COMPRESSION),
     "cafe": tc.Cafe(compression=COMPRESSION),
-    "cafe_single_level": tc.Cafe(compression=COMPRESSION, medium_fraction=0.0),
-    "cafe_factors": tc.Cafe(compression=COMPRESSION, num_weight_hashes=4),
+    "cafe_without_factors": tc.Cafe(compression=COMPRESSION, num_weight_hashes=0),
+    "cafe_single_level": tc.Cafe(compression=COMPRESSION, num_weight_hashes=0, medium_fraction=0.0),
 }
 #: most that a step may take, in steps of the baseline
 TARGET = 1.05

@@ -145,7 +145,7 @@ def test_weights_of_cafe_are_as_many_as_its_rows():
     ) + sum(allocation.shared_rows[name] for name in allocation.tracked)
     weights = allocation.num_shards * allocation.weights_per_shard
     assert rows < weights < 1.3 * rows  # the sketch takes bytes, too
-    plain = tc.Cafe(compression=100).allocate(tables)
+    plain = tc.Cafe(compression=100, num_weight_hashes=0).allocate(tables)
     assert plain.weights_per_shard == 0
     assert abs(plain.memory.total_bytes - allocation.memory.total_bytes) < 5000
 
@@ -253,3 +253,10 @@ def test_look_ahead_tables_cost_their_slots():
 def test_look_ahead_tables_refuse_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         tc.Lookahead(**arguments)
+
+
+def test_factors_come_where_many_ids_share_a_row():
+    hashes = {c: tc.Cafe(compression=c).weight_hashes for c in (1, 10, 49, 50, 1000)}
+    assert hashes == {1: 0, 10: 0, 49: 0, 50: 4, 1000: 4}
+    assert tc.Cafe(compression=1000, num_weight_hashes=0).weight_hashes == 0
+    assert tc.Cafe(compression=10, num_weight_hashes=2).weight_hashes == 2

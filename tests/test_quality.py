@@ -119,8 +119,9 @@ def test_a_study_finishes_one_seed_before_the_next():
 
 def test_variants_are_made_from_arguments():
     made = variant("cafe:hot_fraction=.5+half_life=30")
-    assert made.cafe == ("hot_fraction=.5", "half_life=30")
+    assert made.cafe == ("num_weight_hashes=0", "hot_fraction=.5", "half_life=30")
     assert made.ablation
+    assert variant("cafe:num_weight_hashes=2").cafe == ("num_weight_hashes=2",)
     made = variant("mem_rec:num_hashes=2+epochs=3")
     assert (made.kind, made.mem_rec, made.epochs) == ("mem_rec", ("num_hashes=2",), 3)
     assert not made.ablation

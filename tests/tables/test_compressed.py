@@ -75,9 +75,9 @@ def make(
         num_medium=3 * second,
     )
     factors = None
-    if kind.num_weight_hashes > 0:
+    if kind.weight_hashes > 0:
         table = WeightTable(0, (SHARDS, 8), start=0.3, device=CPU, fused_params=fused_params)
-        factors = IdFactors(table, kind.num_weight_hashes, tbe)
+        factors = IdFactors(table, kind.weight_hashes, tbe)
     return CompressedBags(SharedRows(tables, pool, CPU, factors), tbe)
 
 

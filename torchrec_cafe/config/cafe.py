@@ -50,6 +50,11 @@ _NUM_SHARDS = (64, 32, 16)
 _FAIR_HOT_ROWS = 64
 _FEW_SHARDS = (8, 4, 2, 1)
 
+# Learned factors pay where many ids share a row, and cost a tenth of a training step. Where few do
+# they win nothing: on the accuracy study's data sets, between 10x and 100x.
+_FACTORS_FROM = 50.0
+_FACTORS_HASHES = 4
+
 #: What the importance of an occurrence may be.
 IMPORTANCE = ("gradient_norm", "frequency")
 
@@ -75,7 +80,8 @@ class Cafe(TableKind):
             shared rows. 0: none.
         num_weight_hashes: weights whose sum scales the rows of an id, learned as MEM-REC's are, in
             [0, 16]: ids that share a row differ in it. There are as many weights as rows.
-            0: rows are not scaled.
+            0: rows are not scaled. ``None``: 4 from a compression of 50 on, which is where they pay
+            in accuracy for the tenth of a step that they cost, else 0.
         slots_per_hot_row: slots of the sketch per hot row, >= 1; more remember more candidates.
         importance: ``"gradient_norm"`` (of the bag's gradient) or ``"frequency"``.
         threshold: smallest importance, in average occurrences, that earns a row; ``None`` gives
@@ -94,7 +100,7 @@ class Cafe(TableKind):
     hot_fraction: float = 0.4
     whole_fraction: float = 0.25
     medium_fraction: float = 0.3
-    num_weight_hashes: int = 0
+    num_weight_hashes: int | None = None
     slots_per_hot_row: float = 3.0
     importance: str = "gradient_norm"
     threshold: float | None = None
@@ -120,8 +126,8 @@ class Cafe(TableKind):
             "rebalance_interval": (">= 1", self.rebalance_interval >= 1),
             "medium_fraction": ("in [0, 1)", 0 <= self.medium_fraction < 1),
             "num_weight_hashes": (
-                f"in [0, {MAX_HASHES}]",
-                0 <= self.num_weight_hashes <= MAX_HASHES,
+                f"in [0, {MAX_HASHES}] or None",
+                self.num_weight_hashes is None or 0 <= self.num_weight_hashes <= MAX_HASHES,
             ),
             "importance": (f"one of {IMPORTANCE}", self.importance in IMPORTANCE),
             "num_shards": (
@@ -130,6 +136,13 @@ class Cafe(TableKind):
             ),
         }
         check_arguments(self, checks)
+
+    @property
+    def weight_hashes(self) -> int:
+        """Weights of an id's factor: :attr:`num_weight_hashes`, or what ``None`` stands for."""
+        if self.num_weight_hashes is not None:
+            return self.num_weight_hashes
+        return _FACTORS_HASHES if self.compression >= _FACTORS_FROM else 0
 
     def growth(self, bags_per_hot_row: float) -> float:
         """Factor by which an occurrence counts more than one so many bags per hot row before.
@@ -224,7 +237,7 @@ class Cafe(TableKind):
 
     def _weights(self, available: int, row_bytes: int) -> int:
         """Weights of a virtual shard: about as many as rows fit with them."""
-        if self.num_weight_hashes == 0:
+        if self.weight_hashes == 0:
             return 0
         return whole_weights(available // (row_bytes + WEIGHT_BYTES))
 

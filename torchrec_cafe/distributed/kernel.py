@@ -118,7 +118,7 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
     def _factors(self, pool: PoolLayout | None, fused_params: dict[str, Any]) -> IdFactors | None:
         if pool is None or self.group.weights_per_shard == 0:
             return None
-        num_hashes = pool.kind.num_weight_hashes
+        num_hashes = pool.kind.weight_hashes
         weights = WeightTable(
             pool.first_shard,
             (pool.shards_held, self.group.weights_per_shard),
