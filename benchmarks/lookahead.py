@@ -212,7 +212,7 @@ def _plot(path: str, speeds: Mapping[str, Mapping[str, float]]) -> None:
         axes.axhline(
             of["mapped"] / of["dram"], color=line.get_color(), linestyle=":", label=f"{name}: mmap"
         )
-    axes.axhline(TARGETS["dram"], color="red", linestyle="--", label="target")
+    axes.axhline(TARGETS["file"]["dram"], color="red", linestyle="--", label="target")
     axes.set(
         xlabel="batches looked ahead",
         ylabel="samples/s, all in memory = 1",

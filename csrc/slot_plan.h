@@ -53,6 +53,7 @@ struct SlotPlan {
   std::vector<SlotMove> fill;   // rows that have to be brought in
   std::vector<SlotMove> spill;  // rows that have changed and lose their slot: written back before
   int64_t shortage = 0;         // slots that are missing; if any, nothing has changed
+  int64_t unknown = -1;         // a row that is not announced; if any, nothing has changed
 };
 
 // A slot that may be given away, and when its row was and will be used.
@@ -76,10 +77,15 @@ inline void pick_unused(SlotMap& map, int64_t wanted, int32_t oldest,
   for (; at < map.counters[kQueueTail] && static_cast<int64_t>(picked.size()) < wanted; ++at) {
     const RowUse use = map.queue[at % map.capacity];
     if (use.last >= oldest) break;
+    const int64_t later = at + kSlotPrefetch;
+    if (later < map.counters[kQueueTail]) {
+      __builtin_prefetch(map.entries + map.home(map.queue[later % map.capacity].key));
+    }
     const SlotEntry& entry = *map.find(use.key);
     if (entry.key != use.key || entry.last != use.last) continue;
     // A row that is in use may have no slot: it must not be touched if `oldest` is wrong.
-    if (entry.pending > 0 || map.slots[entry.slot].state > kDirty) break;
+    if (entry.pending > 0 || entry.slot == kNoSlot) break;
+    if (map.slots[entry.slot].state > kDirty) break;
     map.slots[entry.slot].state |= kPicked;
     picked.push_back(entry.slot);
   }
@@ -118,15 +124,44 @@ inline void vacate(SlotMap& map, int32_t number, SlotPlan& plan) {
   map.free[map.counters[kFreeSlots]++] = number;
 }
 
-// Holds the slots of the rows that have one. Returns the positions of the others.
-inline std::vector<int64_t> hold_hits(SlotMap& map, const int64_t* distinct, int64_t size,
-                                      int32_t* slots) {
-  std::vector<int64_t> misses;
+// Takes all picked slots from their rows.
+inline void vacate_all(SlotMap& map, const std::vector<int32_t>& picked, SlotPlan& plan) {
+  const auto size = static_cast<int64_t>(picked.size());
+  for (int64_t i = 0; i < size; ++i) {
+    if (i + 2 * kSlotPrefetch < size) {
+      __builtin_prefetch(map.slots + picked[i + 2 * kSlotPrefetch], 1);
+    }
+    if (i + kSlotPrefetch < size) {
+      const int64_t key = map.slots[picked[i + kSlotPrefetch]].key;
+      __builtin_prefetch(map.entries + map.home(key), 1);
+    }
+    vacate(map, picked[i], plan);
+  }
+}
+
+// The entries of a batch's rows. Says in `plan` if one of them is not announced.
+inline std::vector<SlotEntry*> entries_of(SlotMap& map, const int64_t* distinct, int64_t size,
+                                          SlotPlan& plan) {
+  std::vector<SlotEntry*> found(size);
   for (int64_t i = 0; i < size; ++i) {
     prefetch_entry(map, distinct, i, size);
-    slots[i] = map.find(distinct[i])->slot;
+    SlotEntry* entry = map.find(distinct[i]);
+    if (entry->key != distinct[i] || entry->pending == 0) plan.unknown = distinct[i];
+    if (entry->slot != kNoSlot) __builtin_prefetch(map.slots + entry->slot, 1);
+    found[i] = entry;
+  }
+  return found;
+}
+
+// Holds the slots of the rows that have one. Returns the positions of the others.
+inline std::vector<int64_t> hold_hits(SlotMap& map, const std::vector<SlotEntry*>& entries,
+                                      int32_t* slots) {
+  std::vector<int64_t> misses;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    slots[i] = entries[i]->slot;
+    --entries[i]->pending;
     if (slots[i] == kNoSlot) {
-      misses.push_back(i);
+      misses.push_back(static_cast<int64_t>(i));
     } else {
       map.slots[slots[i]].state += kHold;
     }
@@ -148,7 +183,9 @@ inline void release(SlotMap& map, const int32_t* slots, int64_t size) {
 inline SlotPlan plan(SlotMap& map, const int64_t* distinct, int64_t size, int32_t oldest,
                      bool urgent, bool train, int32_t* slots) {
   SlotPlan result;
-  const std::vector<int64_t> misses = hold_hits(map, distinct, size, slots);
+  const std::vector<SlotEntry*> entries = entries_of(map, distinct, size, result);
+  if (result.unknown >= 0) return result;
+  const std::vector<int64_t> misses = hold_hits(map, entries, slots);
   const int64_t wanted = static_cast<int64_t>(misses.size()) - map.counters[kFreeSlots];
   std::vector<int32_t> picked;
   if (wanted > 0) pick_unused(map, wanted, oldest, picked);
@@ -158,22 +195,23 @@ inline SlotPlan plan(SlotMap& map, const int64_t* distinct, int64_t size, int32_
   if (static_cast<int64_t>(picked.size()) < wanted) {
     result.shortage = wanted - static_cast<int64_t>(picked.size());
     for (const int32_t slot : picked) map.slots[slot].state &= ~kPicked;
+    for (SlotEntry* entry : entries) ++entry->pending;
     release(map, slots, size);
     return result;
   }
-  for (const int32_t slot : picked) vacate(map, slot, result);
+  vacate_all(map, picked, result);  // entries may have moved since
   result.fill.reserve(misses.size());
-  for (const int64_t i : misses) {
+  for (size_t i = 0; i < misses.size(); ++i) {
+    if (i + kSlotPrefetch < misses.size()) {
+      __builtin_prefetch(map.entries + map.home(distinct[misses[i + kSlotPrefetch]]), 1);
+    }
+    const int64_t row = distinct[misses[i]];
     const int32_t slot = map.free[--map.counters[kFreeSlots]];
-    map.find(distinct[i])->slot = slots[i] = slot;
-    map.slots[slot] = Slot{distinct[i], kHold};
-    result.fill.push_back({distinct[i], slot});
+    map.find(row)->slot = slots[misses[i]] = slot;
+    map.slots[slot] = Slot{row, kHold};
+    result.fill.push_back({row, slot});
   }
-  for (int64_t i = 0; i < size; ++i) {
-    prefetch_entry(map, distinct, i, size);
-    --map.find(distinct[i])->pending;
-    if (train) map.slots[slots[i]].state |= kDirty;
-  }
+  for (int64_t i = 0; train && i < size; ++i) map.slots[slots[i]].state |= kDirty;
   return result;
 }
 

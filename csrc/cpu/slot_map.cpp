@@ -57,14 +57,17 @@ std::tuple<Tensor, Tensor> move_tensors(const std::vector<SlotMove>& moves) {
   return {keys, slots};
 }
 
+void check_announced(bool is, int64_t row) {
+  STD_TORCH_CHECK(is, "`rows` must have been announced and not planned, got ", row);
+}
+
 void check_pending(const Tensor& rows, const SlotMap& map) {
   const int64_t size = rows.numel();
   const int64_t* row = rows.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < size; ++i) {
     prefetch_entry(map, row, i, size);
     const SlotEntry& entry = *map.find(row[i]);
-    STD_TORCH_CHECK(row[i] >= 0 && entry.key == row[i] && entry.pending > 0,
-                    "`rows` must have been announced and not planned, got ", row[i]);
+    check_announced(row[i] >= 0 && entry.key == row[i] && entry.pending > 0, row[i]);
   }
 }
 
@@ -83,12 +86,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> plan_slots_cpu(
   SlotMap map = slot_map_view(entries, queue, counters, slots, free);
   check_tensor(rows, "rows", ScalarType::Long, 1);
   check_device(rows, entries);
-  check_pending(rows, map);
   const int64_t size = rows.numel();
   const int64_t* row = rows.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < size; ++i) check_announced(row[i] >= 0, row[i]);
   Tensor found = empty_cpu<1>({size}, aoti_torch_dtype_int32());
   const SlotPlan result = plan(map, row, size, static_cast<int32_t>(oldest), urgent, train,
                                found.mutable_data_ptr<int32_t>());
+  check_announced(result.unknown < 0, result.unknown);
   const auto [fill_keys, fill_slots] = move_tensors(result.fill);
   const auto [spill_keys, spill_slots] = move_tensors(result.spill);
   return {found, fill_keys, fill_slots, spill_keys, spill_slots, result.shortage};

@@ -178,6 +178,9 @@ def _train(
                         writer.add_scalar("train/samples_per_second", speed, samples)
     elapsed = time.perf_counter() - start
     pipeline.detach()
+    if dist.get_rank() == 0:
+        for name, statistics in tc.lookahead_statistics(model).items():
+            tqdm.write(f"{name} (rank 0): {statistics}")
     if writer is not None:
         writer.close()
     return (steps - warm_up) * per_step / elapsed

@@ -27,6 +27,7 @@ from torchrec_cafe.ops.hot_sketch import (
     observe,
     rebalance,
 )
+from torchrec_cafe.ops.huge_pages import advise_huge_pages
 from torchrec_cafe.ops.key_factors import key_factors, key_factors_backward, row_dots
 from torchrec_cafe.ops.learning import learn
 from torchrec_cafe.ops.pool_rows import (
@@ -64,6 +65,7 @@ __all__ = [
     "PooledKeys",
     "SlotMapState",
     "SlotPlan",
+    "advise_huge_pages",
     "announce_rows",
     "copy_rows",
     "plan_slots",

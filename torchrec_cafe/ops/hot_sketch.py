@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
+from torchrec_cafe.ops.huge_pages import advise_huge_pages
 
 #: Slots of a bucket.
 SLOTS = 4
@@ -87,7 +88,7 @@ class SketchState:
                 raise ValueError(f"SketchState.empty: `{name}` must be >= {least}, got {size}")
         slots = torch.empty((shards, buckets, _WORDS), dtype=torch.int64, device=device)
         if slots.is_cpu:
-            torch.ops.torchrec_cafe.advise_huge_pages(slots)
+            advise_huge_pages(slots)
         state = cls(
             buckets=slots.zero_(),
             owners=torch.full((shards, hot_rows), NO_OWNER, dtype=torch.int32, device=device),
@@ -233,11 +234,6 @@ def rebalance(
         check_tensor("rebalance", "selected", selected, torch.int64, (None,))
         check_same_device("rebalance", selected=selected, state=state.buckets)
         raise value_error("rebalance", error) from None
-
-
-@torch.library.register_fake("torchrec_cafe::advise_huge_pages")
-def _(tensor: Tensor) -> None:
-    return None
 
 
 # A meta tensor among others takes a call here: it must not be a silent nothing.

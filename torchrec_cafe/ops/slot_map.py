@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
+from torchrec_cafe.ops.huge_pages import advise_huge_pages
 
 #: Words of an entry of the map, of a use in its queue, of a slot; counters.
 ENTRY_WORDS, USE_WORDS, SLOT_WORDS, NUM_COUNTERS = 3, 2, 2, 4
@@ -48,8 +49,8 @@ class SlotMapState:
         """
         entries, queue, counters = _empty_map(max(64, ENTRIES_PER_ROW * num_slots))
         counters[1] = num_slots
-        slots = torch.zeros(num_slots, SLOT_WORDS, dtype=torch.int64)
-        slots[:, 0] = -1
+        slots = advise_huge_pages(torch.empty(num_slots, SLOT_WORDS, dtype=torch.int64))
+        slots[:] = torch.tensor([-1, 0])  # no row
         free = torch.arange(num_slots - 1, -1, -1, dtype=torch.int32)
         return cls(entries, queue, counters, slots, free)
 
@@ -75,7 +76,7 @@ class SlotMapState:
 
 
 def _empty_map(capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    entries = torch.empty(capacity, ENTRY_WORDS, dtype=torch.int64)
+    entries = advise_huge_pages(torch.empty(capacity, ENTRY_WORDS, dtype=torch.int64))
     entries[:] = torch.tensor(
         [
             -1,  # no row

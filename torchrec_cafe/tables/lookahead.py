@@ -48,7 +48,8 @@ class _Ahead:
 
     ids: Tensor
     version: int
-    bags: PooledKeys
+    num_bags: int
+    out_of_range: Tensor
     lookup: PlannedLookup
 
     def is_of(self, ids: Tensor, offsets: Tensor) -> bool:
@@ -58,7 +59,7 @@ class _Ahead:
         """
         same_version = ids._version == self.version  # noqa: SLF001
         is_same = ids.data_ptr() == self.ids.data_ptr() and same_version
-        same_shape = ids.shape == self.ids.shape and offsets.shape == self.bags.offsets.shape
+        same_shape = ids.shape == self.ids.shape and len(offsets) == self.num_bags + 1
         return same_shape and (is_same or ids.numel() == 0)
 
 
@@ -163,8 +164,9 @@ class LookaheadBags(nn.Module):
         try:
             slots = self._scratchpad.wait(batch.lookup)
         except ScratchpadFullError as error:
-            return self._table_by_table(batch.bags, weights, error)
-        pooled = self._pool(slots, batch.bags, weights)
+            return self._table_by_table(batch, weights, error)
+        self.out_of_range += batch.out_of_range
+        pooled = self._pool(slots, batch.lookup.bags, weights)
         if pooled.requires_grad:
             update = _Update(self, batch.lookup)
             self._to_update[batch.lookup] = weakref.ref(update)
@@ -173,7 +175,8 @@ class LookaheadBags(nn.Module):
             self._scratchpad.release(batch.lookup)
         return pooled.view(-1, len(self._ranges) * pooled.shape[1])
 
-    def _pool(self, slots: Tensor, bags: PooledKeys, weights: Tensor | None) -> Tensor:
+    def _pool(self, slots: Tensor, bags: PooledKeys | None, weights: Tensor | None) -> Tensor:
+        assert bags is not None  # there are slots
         if weights is not None:
             weights = weights[bags.source]
         return self.tbe(
@@ -202,30 +205,32 @@ class LookaheadBags(nn.Module):
         self._updated.append(lookup)
 
     def _table_by_table(
-        self, bags: PooledKeys, weights: Tensor | None, error: ScratchpadFullError
+        self, batch: _Ahead, weights: Tensor | None, error: ScratchpadFullError
     ) -> Tensor:
         """Look up a batch with more rows than there are slots: some tables at a time.
 
         Rows are brought in for the lookup, and once more for the update. The result is that of the
         whole batch to the last bit, since no row is in two parts.
         """
-        num_features = len(self._ranges)
+        bags, num_features = batch.lookup.bags, len(self._ranges)
+        assert bags is not None  # its rows are known to be too many
+        self.out_of_range += batch.out_of_range
         columns = []
         for part in split_by_table(bags, self._features, self._scratchpad.num_slots, error):
-            lookup = self._scratchpad.plan(part.keys, train=False, ahead=False)
+            lookup = self._scratchpad.plan(lambda part=part: part, train=False, ahead=False)
             slots = self._scratchpad.wait(lookup).clone()
             pooled = self._pool(slots, part, weights)
             self._scratchpad.release(lookup)
             if pooled.requires_grad:
-                again = functools.partial(self._bring_again, part.keys, slots)
+                again = functools.partial(self._bring_again, part, slots)
                 pooled = _Hold.apply(pooled, again)
             columns.append(pooled.view((len(bags.offsets) - 1) // num_features, -1))
         return torch.cat(columns, 1)
 
-    def _bring_again(self, keys: Tensor, slots: Tensor) -> None:
+    def _bring_again(self, part: PooledKeys, slots: Tensor) -> None:
         """Bring the rows of a part in for its update. They may lie in other slots this time."""
         self._release()  # the part that was updated before this one
-        lookup = self._scratchpad.plan(keys, train=True, ahead=False)
+        lookup = self._scratchpad.plan(lambda: part, train=True, ahead=False)
         # Autograd has saved the slots for the TBE's backward, and would notice `slots.copy_`.
         slots.data.copy_(self._scratchpad.wait(lookup))
         self._updated.append(lookup)
@@ -236,14 +241,16 @@ class LookaheadBags(nn.Module):
         self._scratchpad.flush()
 
     def _plan(self, ids: Tensor, offsets: Tensor, *, train: bool, ahead: bool) -> _Ahead:
-        bags = pool_keys(
-            ids.long().contiguous(),
-            offsets.long().contiguous(),
-            self._ranges,
-            self.out_of_range,
-        )
-        lookup = self._scratchpad.plan(bags.keys, train=train, ahead=ahead)
-        return _Ahead(ids, ids._version, bags, lookup)  # noqa: SLF001
+        ranges = self._ranges  # the thread that makes the bags must not keep the tables alive
+        out_of_range = torch.zeros(len(ranges), dtype=torch.int64)
+
+        def make_bags() -> PooledKeys:
+            long = ids.long().contiguous(), offsets.long().contiguous()
+            return pool_keys(*long, ranges, out_of_range)
+
+        lookup = self._scratchpad.plan(make_bags, train=train, ahead=ahead)
+        version = ids._version  # noqa: SLF001
+        return _Ahead(ids, version, len(offsets) - 1, out_of_range, lookup)
 
     def _take(self, ids: Tensor, offsets: Tensor) -> _Ahead | None:
         """The plan of a batch that was looked ahead for; those before it have been left out."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from torchrec_cafe.ops import PooledKeys
 
 
 class ScratchpadFullError(RuntimeError):
@@ -45,6 +48,17 @@ class LookaheadStatistics:
         """Time spent planning and moving rows that no lookup waited for."""
         return max(0.0, self.seconds_moving - self.seconds_exposed)
 
+    def __str__(self) -> str:
+        """One line for a report."""
+        rows = max(1, self.rows)
+        hidden = self.seconds_hidden / max(self.seconds_moving, 1e-9)
+        return (
+            f"{self.batches} batches, {self.rows} rows: {self.hits / rows:.1%} were in slots, "
+            f"{self.fills} brought in ({self.bytes_in / 2**20:.1f} MiB in, "
+            f"{self.bytes_out / 2**20:.1f} MiB out, {self.critical_misses} on the critical path); "
+            f"{self.seconds_moving:.1f} s moving, {hidden:.0%} of it hidden"
+        )
+
     def scalars(self) -> dict[str, float]:
         """All of it by name, for TensorBoard or a report."""
         return dataclasses.asdict(self) | {"seconds_hidden": self.seconds_hidden}
@@ -55,21 +69,26 @@ class PlannedLookup:
     """The rows of a batch, and where they lie once it is ready.
 
     Attributes:
-        keys: int64 ``[N]``, row of each occurrence.
+        make_bags: makes :attr:`bags`; called by the mover.
         train: whether rows may change.
         number: of the batch.
         ahead: whether it is looked up later, and can be planned until then.
+        bags: the row of each occurrence, when it is announced.
         slots: int64 ``[N]``, slot of each occurrence, when it is ready.
+        refused: why it will never be ready.
     """
 
-    keys: Tensor
+    make_bags: Callable[[], PooledKeys]
     train: bool
     number: int
     ahead: bool
+    bags: PooledKeys | None = None
     slots: Tensor | None = None
+    refused: Exception | None = None
+    # What the mover knows: distinct rows, the position of each occurrence among them, their slots.
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     held: Tensor | None = None
-    refused: ScratchpadFullError | None = None
+    # What the training says: it is looked up; its rows are not needed any more.
     begun: bool = False
     released: bool = False

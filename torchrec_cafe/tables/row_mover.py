@@ -168,12 +168,24 @@ class RowMover:
 
     def _announce(self) -> None:
         lookup = self._new[0]
-        announced = announce_rows(lookup.keys, self.state, lookup.number)
+        try:
+            lookup.bags = lookup.make_bags()
+        except (TypeError, ValueError) as error:
+            self._drop(lookup, self._new, error)
+            return
+        announced = announce_rows(lookup.bags.keys, self.state, lookup.number)
         lookup.rows, lookup.positions = announced
         with self._changed:
             self._new.pop(0)
             self._waiting.append(lookup)
             self._may_plan = True
+
+    def _drop(self, lookup: PlannedLookup, of: list[PlannedLookup], error: Exception) -> None:
+        """Refuse a lookup; others go on."""
+        with self._changed:
+            of.remove(lookup)
+            lookup.refused = error
+            self._changed.notify_all()
 
     def _plan_next(self) -> None:
         with self._changed:
@@ -200,10 +212,7 @@ class RowMover:
 
     def _refuse(self, lookup: PlannedLookup, missing: int) -> None:
         retract_rows(lookup.rows, self.state)
-        with self._changed:
-            self._waiting.remove(lookup)
-            lookup.refused = self._too_few_slots(lookup, missing)
-            self._changed.notify_all()
+        self._drop(lookup, self._waiting, self._too_few_slots(lookup, missing))
 
     def _postpone(self, lookup: PlannedLookup) -> None:
         """Take the slots of a batch that has not begun; it is planned again in its turn."""

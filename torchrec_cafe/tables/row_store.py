@@ -17,7 +17,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from torchrec_cafe.ops import copy_rows, read_rows, write_rows
+from torchrec_cafe.ops import advise_huge_pages, copy_rows, read_rows, write_rows
 
 #: What O_DIRECT moves, at least.
 BLOCK_BYTES = 512
@@ -103,6 +103,8 @@ class MemoryStore(RowStore):
         self.tensors = [
             torch.empty((num_rows, *tensor.shape[1:]), dtype=tensor.dtype) for tensor in like
         ]
+        for tensor in self.tensors:  # before they are first written
+            advise_huge_pages(tensor)
         _start(self.tensors, like)
 
     def read(self, rows: Tensor, into: Sequence[Tensor], at: Tensor) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 from torch import Tensor
 
+from torchrec_cafe.ops import PooledKeys
 from torchrec_cafe.tables.planned_lookup import LookaheadStatistics, PlannedLookup
 from torchrec_cafe.tables.row_mover import RowMover
 from torchrec_cafe.tables.row_store import RowStore
@@ -49,16 +50,18 @@ class Scratchpad:
         """Bytes of the slot map."""
         return self._mover.state.num_bytes
 
-    def plan(self, keys: Tensor, *, train: bool, ahead: bool) -> PlannedLookup:
+    def plan(
+        self, make_bags: Callable[[], PooledKeys], *, train: bool, ahead: bool
+    ) -> PlannedLookup:
         """Begin to bring the rows of a batch into slots.
 
         Args:
-            keys: int64 ``[N]``, rows of the store, in range.
+            make_bags: gives the batch's bags of rows of the store; called by another thread.
             train: whether the batch may change its rows.
             ahead: whether other batches are looked up before it.
         """
         self.refresh()
-        lookup = PlannedLookup(keys, train, self._next, ahead)
+        lookup = PlannedLookup(make_bags, train, self._next, ahead)
         self._next += 1
         self._mover.submit(lookup)
         return lookup
@@ -74,6 +77,7 @@ class Scratchpad:
 
         Raises:
             ScratchpadFullError: if the batch has more rows than slots can be had for.
+            ValueError: what making its bags raised.
             OSError: if the store cannot be read or written.
         """
         self.refresh()
