@@ -178,12 +178,16 @@ def _train(
                         writer.add_scalar("train/samples_per_second", speed, samples)
     elapsed = time.perf_counter() - start
     pipeline.detach()
-    if dist.get_rank() == 0:
-        for name, statistics in tc.lookahead_statistics(model).items():
-            tqdm.write(f"{name} (rank 0): {statistics}")
+    _report_lookahead(model)
     if writer is not None:
         writer.close()
     return (steps - warm_up) * per_step / elapsed
+
+
+def _report_lookahead(model: nn.Module) -> None:
+    if dist.get_rank() == 0:
+        for name, statistics in tc.lookahead_statistics(model).items():
+            tqdm.write(f"{name}, rank 0: {statistics}")
 
 
 def _pipeline(
