@@ -67,6 +67,7 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       " Tensor(d!) slots, Tensor(e!) free, int oldest, bool urgent, bool train)"
       " -> (Tensor found, Tensor fill_rows, Tensor fill_slots, Tensor spill_rows,"
       " Tensor spill_slots, int shortage)");
+  m.def("slots_of_occurrences(Tensor found, Tensor positions) -> Tensor");
   m.def("retract_rows(Tensor rows, Tensor(a!) entries, Tensor queue, Tensor(b!) counters) -> ()");
   m.def("release_slots(Tensor held, Tensor(a!) slots) -> ()");
   m.def(

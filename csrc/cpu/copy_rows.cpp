@@ -1,7 +1,5 @@
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "slot_tensors.h"
@@ -11,7 +9,13 @@ namespace {
 
 // Rows ahead that are asked for: they are far apart in memory.
 constexpr int64_t kRowPrefetch = 8;
-constexpr int64_t kCopyBytesPerThread = int64_t{1} << 18;
+constexpr int64_t kLine = 64;
+
+// The rest of a row is asked for by the memory system itself, which sees a stream.
+void prefetch_row(const char* row, int64_t bytes) {
+  __builtin_prefetch(row);
+  if (bytes > kLine) __builtin_prefetch(row + kLine);
+}
 
 void copy_rows_cpu(const Tensor& into, const Tensor& into_rows, const Tensor& from,
                    const Tensor& rows) {
@@ -28,13 +32,15 @@ void copy_rows_cpu(const Tensor& into, const Tensor& into_rows, const Tensor& fr
   const auto* source = static_cast<const char*>(from.data_ptr());
   const int64_t* to_row = into_rows.const_data_ptr<int64_t>();
   const int64_t* row = rows.const_data_ptr<int64_t>();
-  const int64_t grain = std::max<int64_t>(1, kCopyBytesPerThread / std::max<int64_t>(1, bytes));
-  torch::stable::parallel_for(0, rows.numel(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (i + kRowPrefetch < end) __builtin_prefetch(source + row[i + kRowPrefetch] * bytes);
-      std::memcpy(to + to_row[i] * bytes, source + row[i] * bytes, bytes);
+  // One thread: this runs beside the training, which has the cores.
+  const int64_t size = rows.numel();
+  for (int64_t i = 0; i < size; ++i) {
+    if (i + kRowPrefetch < size) {
+      prefetch_row(source + row[i + kRowPrefetch] * bytes, bytes);
+      prefetch_row(to + to_row[i + kRowPrefetch] * bytes, bytes);
     }
-  });
+    std::memcpy(to + to_row[i] * bytes, source + row[i] * bytes, bytes);
+  }
 }
 
 }  // namespace

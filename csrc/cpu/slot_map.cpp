@@ -111,6 +111,24 @@ void check_held(const Tensor& held, const SlotMap& map) {
   STD_TORCH_CHECK(count == held.numel(), "`held` must be slots that are held, got ", slot[count]);
 }
 
+// On the calling thread, unlike torch's indexing: it runs beside the training.
+Tensor slots_of_occurrences_cpu(const Tensor& found, const Tensor& positions) {
+  check_tensor(found, "found", ScalarType::Int, 1);
+  check_tensor(positions, "positions", ScalarType::Int, 1);
+  check_device(found, positions);
+  const int64_t size = positions.numel();
+  Tensor slots = empty_cpu<1>({size}, aoti_torch_dtype_int64());
+  const int32_t* slot = found.const_data_ptr<int32_t>();
+  const int32_t* position = positions.const_data_ptr<int32_t>();
+  int64_t* out = slots.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < size; ++i) {
+    STD_TORCH_CHECK(position[i] >= 0 && position[i] < found.numel(), "`positions` must be in [0, ",
+                    found.numel(), "), got ", position[i]);
+    out[i] = slot[position[i]];
+  }
+  return slots;
+}
+
 void release_slots_cpu(const Tensor& held, const Tensor& slots) {
   check_words(slots, "slots", kSlotWords);
   check_tensor(held, "held", ScalarType::Int, 1);
@@ -153,6 +171,7 @@ void grow_slot_map_cpu(const Tensor& entries, const Tensor& queue, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CPU, m) {
   m.impl("announce_rows", TORCH_BOX(&announce_rows_cpu));
   m.impl("plan_slots", TORCH_BOX(&plan_slots_cpu));
+  m.impl("slots_of_occurrences", TORCH_BOX(&slots_of_occurrences_cpu));
   m.impl("retract_rows", TORCH_BOX(&retract_rows_cpu));
   m.impl("release_slots", TORCH_BOX(&release_slots_cpu));
   m.impl("postpone_rows", TORCH_BOX(&postpone_rows_cpu));

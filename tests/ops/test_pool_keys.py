@@ -78,3 +78,23 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="`ranges` must have a row"):
         ops.pool_keys(ids, offsets, ranges - 1, bad)
     assert bad.tolist() == [0, 0]
+
+
+@given(size=st.integers(0, 50), slots=st.integers(1, 9), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_slots_of_occurrences_match_reference(size, slots, seed):
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.randint(0, 100, (slots,), generator=generator, dtype=torch.int32)
+    positions = torch.randint(0, slots, (size,), generator=generator, dtype=torch.int32)
+    got = ops.slots_of_occurrences(found, positions)
+    assert got.dtype is torch.int64
+    assert torch.equal(got, reference.slots_of_occurrences(found, positions))
+    torch.library.opcheck(torch.ops.torchrec_cafe.slots_of_occurrences.default, (found, positions))
+
+
+def test_positions_out_of_range_are_refused():
+    found, positions = torch.tensor([4, 5], dtype=torch.int32), torch.tensor([0, 2])
+    with pytest.raises(TypeError, match="`positions` must be torch.int32, got torch.int64"):
+        ops.slots_of_occurrences(found, positions)
+    with pytest.raises(ValueError, match=r"`positions` must be in \[0, 2\), got 2"):
+        ops.slots_of_occurrences(found, positions.int())

@@ -58,6 +58,7 @@ from torchrec_cafe.ops.slot_map import (
     postpone_rows,
     release_slots,
     retract_rows,
+    slots_of_occurrences,
 )
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "read_rows",
     "release_slots",
     "retract_rows",
+    "slots_of_occurrences",
     "write_rows",
     "ACTION_ADD",
     "ACTION_CLEAR",

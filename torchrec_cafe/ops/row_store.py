@@ -26,7 +26,7 @@ def copy_rows(into: Tensor, into_rows: Tensor, source: Tensor, rows: Tensor) -> 
             then.
 
     Note:
-        Deterministic. On the CPU, on several threads. Not differentiable.
+        Deterministic. On the CPU, on the calling thread. Not differentiable.
     """
     try:
         torch.ops.torchrec_cafe.copy_rows.default(into, into_rows, source, rows)

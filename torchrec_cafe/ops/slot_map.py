@@ -199,6 +199,31 @@ def plan_slots(
         raise value_error("plan_slots", error) from None
 
 
+def slots_of_occurrences(found: Tensor, positions: Tensor) -> Tensor:
+    """The slot of each occurrence of a batch.
+
+    Args:
+        found: int32 ``[U]``, :attr:`SlotPlan.found`.
+        positions: int32 ``[N]``, :attr:`Announced.positions`.
+
+    Returns:
+        int64 ``[N]``.
+
+    Raises:
+        TypeError: if a dtype is not the one above.
+        ValueError: if a shape is not the one above, or a position is out of range.
+
+    Note:
+        Deterministic. On the CPU, on the calling thread. Not differentiable.
+    """
+    try:
+        return torch.ops.torchrec_cafe.slots_of_occurrences.default(found, positions)
+    except RuntimeError as error:
+        check_tensor("slots_of_occurrences", "found", found, torch.int32, (None,))
+        check_tensor("slots_of_occurrences", "positions", positions, torch.int32, (None,))
+        raise value_error("slots_of_occurrences", error) from None
+
+
 def retract_rows(rows: Tensor, state: SlotMapState) -> None:
     """Forget an announced batch that will not be planned.
 
@@ -353,6 +378,12 @@ def _(  # noqa: PLR0913  the schema has as many arguments
         rows.new_empty(spills),
         0,
     )
+
+
+@torch.library.register_fake("torchrec_cafe::slots_of_occurrences")
+def _(found: Tensor, positions: Tensor) -> Tensor:
+    check_same_device("slots_of_occurrences", found=found, positions=positions)
+    return positions.new_empty(positions.shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("torchrec_cafe::retract_rows")

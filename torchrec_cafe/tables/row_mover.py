@@ -20,6 +20,7 @@ from torchrec_cafe.ops import (
     postpone_rows,
     release_slots,
     retract_rows,
+    slots_of_occurrences,
 )
 from torchrec_cafe.ops.slot_map import DIRTY, HOLD
 from torchrec_cafe.tables.planned_lookup import (
@@ -238,7 +239,7 @@ class RowMover:
             return plan.shortage
         out, into = (plan.spill_rows, plan.spill_slots), (plan.fill_rows, plan.fill_slots)
         self._store.exchange(self._slots, out, into)
-        slots = plan.found[lookup.positions].long()
+        slots = slots_of_occurrences(plan.found, lookup.positions)
         with self._changed:
             self._count(lookup, len(plan.fill_rows), len(plan.spill_rows))
             lookup.held, lookup.slots = plan.found, slots

@@ -209,8 +209,11 @@ class FileStore(RowStore):
     ) -> None:
         """See :meth:`RowStore.exchange`; writes and reads go on at the same time."""
         rows, at = out
-        leaving = [tensor[at] for tensor in slots]
-        written = self._writer.submit(self.write, rows, leaving, torch.arange(len(rows)))
+        order = torch.arange(len(rows))
+        leaving = [tensor.new_empty((len(rows), *tensor.shape[1:])) for tensor in slots]
+        for kept, tensor in zip(leaving, slots, strict=True):
+            copy_rows(kept, order, tensor, at)
+        written = self._writer.submit(self.write, rows, leaving, order)
         try:
             self.read(into[0], slots, into[1])
         finally:

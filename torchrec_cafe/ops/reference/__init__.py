@@ -28,6 +28,7 @@ from torchrec_cafe.ops.reference.lookahead import (
     copy_rows,
     pool_keys,
     read_rows,
+    slots_of_occurrences,
     write_rows,
 )
 from torchrec_cafe.ops.reference.mem_rec import (
@@ -74,5 +75,6 @@ __all__ = [
     "remap",
     "row_dots",
     "second_row",
+    "slots_of_occurrences",
     "write_rows",
 ]

@@ -237,3 +237,8 @@ def _seek(opened: BinaryIO, row: int, like: Tensor) -> int:
 
 def _int64(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
+
+
+def slots_of_occurrences(found: Tensor, positions: Tensor) -> Tensor:
+    """See :func:`torchrec_cafe.ops.slots_of_occurrences`."""
+    return found[positions.long()].long()
