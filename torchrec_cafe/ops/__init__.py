@@ -30,6 +30,7 @@ from torchrec_cafe.ops.hot_sketch import (
 from torchrec_cafe.ops.huge_pages import advise_huge_pages
 from torchrec_cafe.ops.key_factors import key_factors, key_factors_backward, row_dots
 from torchrec_cafe.ops.learning import learn
+from torchrec_cafe.ops.pool_keys import PooledKeys, pool_keys
 from torchrec_cafe.ops.pool_rows import (
     Lookups,
     Moves,
@@ -49,12 +50,10 @@ from torchrec_cafe.ops.row_map import (
 from torchrec_cafe.ops.row_store import copy_rows, read_rows, write_rows
 from torchrec_cafe.ops.slot_map import (
     Announced,
-    PooledKeys,
     SlotMapState,
     SlotPlan,
     announce_rows,
     plan_slots,
-    pool_keys,
     postpone_rows,
     release_slots,
     retract_rows,

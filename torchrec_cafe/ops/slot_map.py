@@ -293,59 +293,6 @@ def postpone_rows(rows: Tensor, held: Tensor, state: SlotMapState) -> None:
         raise value_error("postpone_rows", error) from None
 
 
-class PooledKeys(NamedTuple):
-    """Bags of several tables as bags of one.
-
-    Attributes:
-        keys: int64 ``[N]``, rows, sample-major.
-        offsets: int64 ``[B * F + 1]``, bag ``b * F + f`` is feature f of sample b.
-        source: int32 ``[N]``, position of each occurrence in the batch's ids.
-    """
-
-    keys: Tensor
-    offsets: Tensor
-    source: Tensor
-
-
-def pool_keys(ids: Tensor, offsets: Tensor, ranges: Tensor, out_of_range: Tensor) -> PooledKeys:
-    """Take rows of several tables as rows of one, in which the tables lie one after the other.
-
-    Args:
-        ids: int64 ``[N]``, feature-major.
-        offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
-        ranges: int64 ``[F, 2]``, of each feature's table the first row, and how many it has.
-        out_of_range: int64 ``[F]``, mutated: how many ids were not in their table is added. They
-            are taken as id 0, as FBGEMM does.
-
-    Returns:
-        The bags, sample by sample.
-
-    Raises:
-        TypeError: if a dtype is not the one above.
-        ValueError: if a shape is not the one above, offsets do not ascend, or a feature has ids and
-            its table no row; nothing is mutated then.
-
-    Note:
-        Deterministic. On the CPU. Not differentiable.
-    """
-    try:
-        return PooledKeys._make(
-            torch.ops.torchrec_cafe.pool_keys.default(ids, offsets, ranges, out_of_range)
-        )
-    except RuntimeError as error:
-        check_tensor("pool_keys", "ids", ids, torch.int64, (None,))
-        check_tensor("pool_keys", "offsets", offsets, torch.int64, (None,))
-        check_tensor("pool_keys", "ranges", ranges, torch.int64, (None, 2))
-        check_tensor("pool_keys", "out_of_range", out_of_range, torch.int64, (len(ranges),))
-        features = len(ranges)
-        if features == 0 or offsets.numel() == 0 or (offsets.numel() - 1) % features:
-            raise ValueError(
-                f"pool_keys: `offsets` must have features * batch + 1 elements, got "
-                f"{offsets.numel()} for {len(ranges)} features"
-            ) from None
-        raise value_error("pool_keys", error) from None
-
-
 @torch.library.register_fake("torchrec_cafe::announce_rows")
 def _(
     keys: Tensor, entries: Tensor, queue: Tensor, counters: Tensor, number: int
@@ -419,12 +366,3 @@ def _(  # noqa: PLR0913  the schema has as many arguments
     new_counters: Tensor,
 ) -> None:
     check_same_device("grow_slot_map", state=entries, new_state=new_entries)
-
-
-@torch.library.register_fake("torchrec_cafe::pool_keys")
-def _(
-    ids: Tensor, offsets: Tensor, ranges: Tensor, out_of_range: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_same_device("pool_keys", ids=ids, offsets=offsets, ranges=ranges)
-    source = ids.new_empty(ids.shape, dtype=torch.int32)
-    return torch.empty_like(ids), torch.empty_like(offsets), source

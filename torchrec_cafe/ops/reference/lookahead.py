@@ -9,7 +9,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from torchrec_cafe.ops.slot_map import Announced, PooledKeys, SlotPlan
+from torchrec_cafe.ops.pool_keys import PooledKeys
+from torchrec_cafe.ops.slot_map import Announced, SlotPlan
 
 #: Batches back that the uses of a row are remembered for.
 USE_WINDOW = 16
