@@ -232,13 +232,15 @@ def test_constants_that_layers_may_not_share_agree():
 
 
 def test_look_ahead_tables_cost_their_slots():
-    memory = tc.Lookahead(cache_fraction=0.01).memory(1_000_000, 128, "float32")
+    memory = tc.Lookahead(cache_fraction=0.01, min_slots=1).memory(1_000_000, 128, "float32")
     assert memory.hot_bytes == 10_000 * 512
     assert memory.map_bytes == 10_000 * constants.SLOT_MAP_BYTES
     assert memory.backing_bytes == memory.dense_bytes == 1_000_000 * 512
     assert memory.total_bytes == memory.hot_bytes + memory.map_bytes
     real = SlotMapState.empty(10_000)
     assert real.num_bytes == pytest.approx(memory.map_bytes, rel=0.001)
+    kind = tc.Lookahead(cache_fraction=0.01, min_slots=500)
+    assert [kind.slots_for(rows) for rows in (0, 3, 499, 9000, 10**6)] == [1, 3, 499, 500, 10_000]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,7 @@ def test_look_ahead_tables_cost_their_slots():
     [
         ({"cache_fraction": 0.0}, r"cache_fraction must be in \(0, 1\], got 0.0"),
         ({"cache_fraction": 1.5}, r"cache_fraction must be in \(0, 1\], got 1.5"),
+        ({"min_slots": 0}, "min_slots must be >= 1, got 0"),
         ({"path": ""}, "path must be a directory or None, got ''"),
         ({"io_threads": 0}, r"io_threads must be in \[1, 1024\], got 0"),
     ],

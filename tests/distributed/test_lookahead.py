@@ -24,9 +24,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import torchrec_cafe as tc
 from tests.distributed import models
 from tests.distributed.ranks import run_ranks
+from torchrec_cafe.tables import ScratchpadFullError
 
 SIZES = {"t_a": 1500, "t_b": 300, "t_c": 70}
-KIND = tc.Lookahead(cache_fraction=0.3)
+KIND = tc.Lookahead(cache_fraction=0.3, min_slots=1)
 SHARDING_TYPES = ["row_wise", "table_wise", "table_row_wise"]
 #: how a model is trained: by hand, by TorchRec's pipeline, or by ours of some depth
 DRIVERS = ("loop", "torchrec", 1, 4)
@@ -185,7 +186,7 @@ def _load(folder: str) -> dict[str, Tensor]:
     """Load what whole tables, and what look-ahead tables have saved, into the other."""
     loaded = {}
     # The smallest table is alone on a rank, whose slots must hold a batch of its rows.
-    for kind, saved in ((tc.Lookahead(cache_fraction=0.6), True), (None, False)):
+    for kind, saved in ((tc.Lookahead(cache_fraction=0.3, min_slots=45), True), (None, False)):
         model = sharded(kind, sharding_type="table_wise")
         train(model, "loop", list(models.batches(3, 12, SIZES, seed=2)))
         state = {"model": model.state_dict()}
@@ -258,12 +259,38 @@ def _plan_and_bounds() -> None:
     sharders: list[Any] = [tc.EmbeddingBagCollectionSharder(fused_params=fused)]
     plan = models.planner(constraints).collective_plan(collection, sharders, dist.group.WORLD)
     strict = DistributedModelParallel(collection, plan=plan, sharders=sharders, device=CPU)
-    with pytest.raises(ValueError, match=r"table 't_b': ids must be in \[0, num_embeddings\)"):
-        strict(bad)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"table 't_b': ids must be in \[0, num_embeddings\)"):
+            strict(bad)
+        strict(next(models.batches(1, 4, SIZES)))  # good batches go on
 
 
 def test_plan_slots_and_bounds(tmp_path: Path):
     run_ranks(1, tmp_path, _plan_and_bounds)
+
+
+def _go_on_after_a_failed_batch() -> list[float]:
+    """What a pipeline trains when one batch has too many rows for the slots of a table."""
+    model = sharded(tc.Lookahead(cache_fraction=0.01, min_slots=60), sharding_type="table_wise")
+    data = list(models.batches(9, 8, SIZES))
+    data[4] = next(models.batches(1, 600, SIZES))
+    pipeline = tc.LookaheadTrainPipeline(model, dense_optimizer(model), CPU, depth=3)
+    batches, trained = iter(data), []
+    trained += [float(pipeline.progress(batches).sum()) for _ in range(4)]
+    with pytest.raises(ScratchpadFullError, match="distinct rows, and the scratchpad has 60 slots"):
+        pipeline.progress(batches)
+    trained += [float(pipeline.progress(batches).sum()) for _ in range(4)]
+    with pytest.raises(StopIteration):
+        pipeline.progress(batches)
+    pipeline.detach()
+    trained.append(float(pipeline.progress(iter(data[:2])).sum()))  # attaches itself
+    return trained
+
+
+def test_a_pipeline_goes_on_after_a_failed_batch(tmp_path: Path):
+    (trained,) = run_ranks(1, tmp_path, _go_on_after_a_failed_batch)
+    assert len(trained) == 9
+    assert all(map(math.isfinite, trained))
 
 
 def test_depth_must_be_positive():

@@ -256,7 +256,8 @@ def test_look_ahead_tables_are_refused_where_they_cannot_be():
 
 @pytest.mark.parametrize("sharding_type", ["row_wise", "table_wise", "table_row_wise"])
 def test_look_ahead_tables_are_planned_at_their_size(sharding_type):
-    ahead = tc.ParameterConstraints(table=tc.Lookahead(), sharding_types=[sharding_type])
+    kind = tc.Lookahead(min_slots=1)
+    ahead = tc.ParameterConstraints(table=kind, sharding_types=[sharding_type])
     plan = models.planner({"t_big": ahead, "t_hash": ahead}, 2).plan(
         models.collection(), [models.sharder()]
     )

@@ -227,7 +227,9 @@ def test_files_change_nothing(tmp_path: Path):
     pair.store.sync()
     expected = TABLES * ROWS * DIM * 4
     assert (tmp_path / "rows" / "weights").stat().st_size == expected
-    with pytest.raises(ValueError, match=r"weights is in use .* `path` of its own"):
+    with pytest.raises(
+        ValueError, match=r"weights is in use by another training, .* `path` of its own"
+    ):
         store(TABLES * ROWS, pair.tbe.physical_tensors())
 
 

@@ -54,7 +54,7 @@ def test_mapped_rows_and_moved_rows_are_the_same(store: RowStore):
 def test_files_are_let_go_of(tmp_path: Path):
     like = [torch.zeros(1, 4)]
     first = FileStore(tmp_path, ROWS, like, io_threads=1)
-    with pytest.raises(ValueError, match="in use by another process"):
+    with pytest.raises(ValueError, match="in use by another training"):
         FileStore(tmp_path, ROWS, like, io_threads=1)
     first.close()
     FileStore(tmp_path, ROWS, like, io_threads=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -16,6 +17,7 @@ from tests.tables.test_lookahead import (
     TABLES,
     BrokenStore,
     Pair,
+    SlowStore,
     bags_of,
     distinct,
     trace,
@@ -130,3 +132,65 @@ def test_two_runs_are_equal_to_the_last_bit():
         pair.run(batches, 3)
         weights.append(torch.cat(pair.tbe.split_embedding_weights()).clone())
     assert torch.equal(*weights)
+
+
+def test_updates_of_split_batches_are_written_back():
+    batches = trace("random", 12)
+    pair = Pair(window(batches, 0) * 2 // 3)
+    for batch in batches:
+        assert distinct([batch]) > pair.tbe_slots * 0.9
+        pair.step(batch)
+        pair.compare()  # flushes, and has the rows read anew
+
+
+def test_nothing_moves_while_the_store_is_in_other_hands():
+    batches = trace("new", 30)
+    pair = Pair(window(batches, 2))
+    for number, batch in enumerate(batches[:-3]):
+        for coming in batches[number : number + 4]:  # one more than fits
+            pair.bags.look_ahead(*coming)
+        pair.step(batch)
+        pair.bags.flush()
+        before = [tensor.clone() for tensor in pair.store.tensors]
+        time.sleep(0.002)
+        for tensor, then in zip(pair.store.tensors, before, strict=True):
+            assert torch.equal(tensor, then)
+            tensor.mul_(0.9)
+        for table in range(TABLES):
+            pair.whole.split_embedding_weights()[table].mul_(0.9)
+            pair.whole.split_optimizer_states()[table][0].mul_(0.9)
+    pair.compare()
+
+
+def test_errors_leave_no_slot_behind():
+    batches = trace("new", 8)
+    pair = Pair(window(batches, 0))
+    for batch in batches:
+        # FBGEMM has no CPU kernel for inference mode, in whole tables neither.
+        with torch.inference_mode(), pytest.raises(NotImplementedError):
+            pair.bags(batch[0].clone(), batch[1].clone())
+        with pytest.raises(IndexError):
+            pair.bags(*batch, torch.ones(1))
+        pair.step(batch)
+    pair.compare()
+
+
+def test_look_ahead_catches_up_without_being_asked():
+    batches = trace("new", 9)
+    pair = Pair(ROWS * TABLES, store=SlowStore)
+    for batch in batches:
+        pair.bags.look_ahead(*batch)
+    deadline = time.monotonic() + 10
+    while pair.bags.statistics.fills < distinct(batches) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert pair.bags.statistics.fills == distinct(batches)
+
+
+def test_other_bags_of_the_same_ids_are_other_bags():
+    ids, offsets = trace("zipf", 1)[0]
+    pair = Pair(ROWS)
+    pair.bags.look_ahead(ids, offsets)
+    shifted = offsets.clone()
+    shifted[1:-1] = shifted[2:].clone()
+    pair.step((ids, shifted))
+    pair.compare()

@@ -25,12 +25,15 @@ class Lookahead(TableKind):
     Attributes:
         cache_fraction: slots divided by rows, in (0, 1]. The slots must hold at least the distinct
             rows of one batch; with those of all batches that are looked ahead for, nothing waits.
+        min_slots: slots of a rank's pool, whatever the fraction says, as long as it has rows for
+            them, >= 1: small tables are in slots as a whole.
         path: directory of files for the rows, a fast local disk; each training needs its own.
             ``None``: host memory.
         io_threads: reads and writes of files at a time, per rank, in [1, 1024].
     """
 
     cache_fraction: float = 0.05
+    min_slots: int = 16384
     path: str | None = None
     io_threads: int = 16
 
@@ -42,10 +45,19 @@ class Lookahead(TableKind):
         """
         checks = {
             "cache_fraction": ("in (0, 1]", 0 < self.cache_fraction <= 1),
+            "min_slots": (">= 1", self.min_slots >= 1),
             "path": ("a directory or None", self.path is None or self.path != ""),
             "io_threads": ("in [1, 1024]", 1 <= self.io_threads <= 1024),
         }
         check_arguments(self, checks)
+
+    def slots_for(self, num_rows: int) -> int:
+        """Slots of a pool that has so many rows.
+
+        Args:
+            num_rows: >= 0.
+        """
+        return max(1, math.ceil(self.cache_fraction * num_rows), min(self.min_slots, num_rows))
 
     def allocate(self, tables: Sequence[TableShape]) -> Allocation:
         """Slots for the tables of a group.
@@ -55,7 +67,7 @@ class Lookahead(TableKind):
         """
         dense_bytes = budget_of(tables, 1.0)
         num_rows = sum(table.num_embeddings for table in tables)
-        num_slots = max(1, math.ceil(self.cache_fraction * num_rows))
+        num_slots = self.slots_for(num_rows)
         memory = MemoryBreakdown(
             shared_bytes=0,
             hot_bytes=num_slots * tables[0].row_bytes,

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder as TorchRecSharder
-from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import (
+    ParameterSharding,
+    ShardingEnv,
+    ShardingEnv2D,
+    ShardingType,
+)
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
@@ -356,6 +361,12 @@ class EmbeddingBagCollectionSharder(TorchRecSharder):
         }
         if not compressed:
             return super().shard(module, params, env, device, module_fqn)
+        if isinstance(env, ShardingEnv2D):
+            raise ValueError(
+                f"tables {sorted(compressed)}: tables with `table=` cannot be replicated by "
+                "DMPCollection, which averages rows without knowing what else they have; use "
+                "DistributedModelParallel"
+            )
         for name, sharding in compressed.items():
             possible = sharding_types(sharding.kind)
             if sharding.sharding_type not in possible:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +73,17 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
         super().__init__(config, pg, device, sharding_type)
         fused_params = config.fused_params or {}
         self.group = fused_params[GROUP_PARAM]
+        kind = self.group.kind
+        assert isinstance(kind, Lookahead)
         self._emb_module = SlotTBE(
-            self._num_slots(),
+            kind.slots_for(sum(self._local_rows)),
             config.embedding_tables[0].embedding_dim,
             weights_precision=data_type_to_sparse_type(config.data_type),
             device=device or torch.device("cpu"),
             fused_params={k: v for k, v in fused_params.items() if k not in OWN_PARAMS},
             pooling_mode=self._pooling,
         )
-        store = self._store()
+        store = self._store(kind)
         tables = [
             StoredTable(table.name, rows, table.num_features())
             for table, rows in zip(config.embedding_tables, self._local_rows, strict=True)
@@ -92,14 +93,7 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
         self._report = BoundsReport(config.embedding_tables)
         self._optim = LookaheadFusedOptimizer(config, self._emb_module, pg)
 
-    def _num_slots(self) -> int:
-        """The rank's slots: as large a share as its rows are."""
-        rows = sum(table.num_ids for table in self.group.tables)
-        return max(1, math.ceil(self.group.num_slots * sum(self._local_rows) / rows))
-
-    def _store(self) -> RowStore:
-        kind = self.group.kind
-        assert isinstance(kind, Lookahead)
+    def _store(self, kind: Lookahead) -> RowStore:
         rows, like = sum(self._local_rows), self._emb_module.physical_tensors()
         if kind.path is None:
             return MemoryStore(rows, like)
@@ -131,9 +125,9 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
         """
         self.refuse_variable_stride(features)
         pooled = self.bags(features.values(), features.offsets(), features.weights_or_none())
-        if self._report.is_needed:
-            self._report(self.bags.out_of_range)
-            self.bags.out_of_range.zero_()
+        out_of_range = self.bags.out_of_range.clone()
+        self.bags.out_of_range.zero_()
+        self._report(out_of_range)
         return pooled
 
     def flush(self) -> None:

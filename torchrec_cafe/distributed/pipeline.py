@@ -64,9 +64,9 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
         Args:
             dataloader_iter: gives batches.
         """
-        if not self._execute_all_batches and self.batches:
-            return
-        while len(self.batches) <= self._depth and self.enqueue_batch(dataloader_iter):
+        # TorchRec's rule: otherwise the batches that are left when the data ends are not trained.
+        loads = self._execute_all_batches or not self.batches
+        while loads and len(self.batches) <= self._depth and self.enqueue_batch(dataloader_iter):
             self._send(len(self.batches) - 1)
         for number in range(min(len(self.batches), self._depth + 1)):
             self._look_ahead(number)
@@ -83,6 +83,8 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
         Raises:
             StopIteration: when all batches have been trained.
         """
+        if not self._model_attached:
+            self.attach(self._model)
         self.fill_pipeline(dataloader_iter)
         if not self.batches:
             raise StopIteration
@@ -95,16 +97,18 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
         coming = len(self.batches)
         if self.enqueue_batch(dataloader_iter):
             self._send(coming)
-        losses, output = self._model_fwd(batch)
-        if coming < len(self.batches):
-            self._wait_for_sizes(coming)
-        if self._model.training:
-            self._backward(losses)
-            self._optimizer_step()
-        if coming < len(self.batches):
-            self._look_ahead(coming)
-        del self._stages[context.index]
-        self.dequeue_batch()
+        try:
+            losses, output = self._model_fwd(batch)
+            if coming < len(self.batches):
+                self._wait_for_sizes(coming)
+            if self._model.training:
+                self._backward(losses)
+                self._optimizer_step()
+            if coming < len(self.batches):
+                self._look_ahead(coming)
+        finally:  # a batch that has failed is left out, and the next call goes on
+            self._stages.pop(context.index, None)
+            self.dequeue_batch()
         return output
 
     def reset(self) -> None:

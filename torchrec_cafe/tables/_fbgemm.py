@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ class SlotTBE(RowRangeTBE):
     """
 
     _tables: list[Tensor] | None = None
-    _write_back: Callable[[], None] | None = None
+    _write_back: weakref.WeakMethod[Callable[[], None]] | None = None
 
     def __init__(self, num_slots: int, embedding_dim: int, **options: Any) -> None:
         """Allocate the slots; see the class."""
@@ -122,16 +123,17 @@ class SlotTBE(RowRangeTBE):
         Args:
             tensors: weights and states of all tables, one after the other.
             rows_per_table: rows of each.
-            write_back: brings ``tensors`` up to date.
+            write_back: a method that brings ``tensors`` up to date; not kept alive.
         """
         self._tables = tensors
         self._row_ranges = _ranges(rows_per_table)
-        self._write_back = write_back
+        self._write_back = weakref.WeakMethod(write_back)
 
     def flush(self) -> None:
         """Bring what is presented up to date, as FBGEMM's does for its own cache."""
-        if self._write_back is not None:
-            self._write_back()
+        write_back = None if self._write_back is None else self._write_back()
+        if write_back is not None:
+            write_back()
 
     def presented_tensors(self) -> list[Tensor]:
         """See :meth:`RowRangeTBE.presented_tensors`."""

@@ -6,10 +6,11 @@ Shape legend: N ids, F features, B samples, D columns.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class _Ahead:
 
     ids: Tensor
     version: int
-    num_bags: int
+    offsets: Tensor
     out_of_range: Tensor
     lookup: PlannedLookup
 
@@ -57,24 +58,15 @@ class _Ahead:
 
         A lookup may have them as another view. Empty batches are all the same.
         """
-        same_version = ids._version == self.version  # noqa: SLF001
-        is_same = ids.data_ptr() == self.ids.data_ptr() and same_version
-        same_shape = ids.shape == self.ids.shape and len(offsets) == self.num_bags + 1
-        return same_shape and (is_same or ids.numel() == 0)
+        if ids.shape != self.ids.shape or not torch.equal(offsets, self.offsets):
+            return False
+        is_same = ids.data_ptr() == self.ids.data_ptr() and _version(ids) == self.version
+        return is_same or ids.numel() == 0
 
 
-class _Hold(torch.autograd.Function):
-    """Says that the TBE is about to update the rows of a lookup."""
-
-    @staticmethod
-    def forward(ctx: Any, pooled: Tensor, begin_update: Callable[[], None]) -> Tensor:
-        ctx.begin_update = begin_update
-        return pooled.view_as(pooled)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.begin_update()
-        return grads[0], None
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place; those of inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
 class _Update:
@@ -84,8 +76,8 @@ class _Update:
         self._bags = bags
         self._lookup = lookup
 
-    def __call__(self) -> None:
-        """Note that it begins."""
+    def __call__(self, _grads: Any) -> None:
+        """Note that it begins; a hook of the TBE's backward."""
         self._bags.begin_update(self._lookup)
 
 
@@ -162,15 +154,20 @@ class LookaheadBags(nn.Module):
         if batch is None:
             batch = self._plan(ids, offsets, train=torch.is_grad_enabled(), ahead=False)
         try:
-            slots = self._scratchpad.wait(batch.lookup)
+            pooled = self._pool(self._scratchpad.wait(batch.lookup), batch.lookup.bags, weights)
         except ScratchpadFullError as error:
-            return self._table_by_table(batch, weights, error)
+            if self._release_garbage():
+                return self(ids, offsets, weights)
+            self.out_of_range += batch.out_of_range
+            return self._table_by_table(batch.lookup.bags, weights, error)
+        except BaseException:
+            self._scratchpad.release(batch.lookup)
+            raise
         self.out_of_range += batch.out_of_range
-        pooled = self._pool(slots, batch.lookup.bags, weights)
-        if pooled.requires_grad:
+        if pooled.grad_fn is not None:
             update = _Update(self, batch.lookup)
             self._to_update[batch.lookup] = weakref.ref(update)
-            pooled = _Hold.apply(pooled, update)
+            pooled.grad_fn.register_prehook(update)
         else:
             self._scratchpad.release(batch.lookup)
         return pooled.view(-1, len(self._ranges) * pooled.shape[1])
@@ -205,34 +202,36 @@ class LookaheadBags(nn.Module):
         self._updated.append(lookup)
 
     def _table_by_table(
-        self, batch: _Ahead, weights: Tensor | None, error: ScratchpadFullError
+        self, bags: PooledKeys | None, weights: Tensor | None, error: ScratchpadFullError
     ) -> Tensor:
         """Look up a batch with more rows than there are slots: some tables at a time.
 
         Rows are brought in for the lookup, and once more for the update. The result is that of the
         whole batch to the last bit, since no row is in two parts.
         """
-        bags, num_features = batch.lookup.bags, len(self._ranges)
         assert bags is not None  # its rows are known to be too many
-        self.out_of_range += batch.out_of_range
+        num_samples = (len(bags.offsets) - 1) // len(self._ranges)
         columns = []
         for part in split_by_table(bags, self._features, self._scratchpad.num_slots, error):
             lookup = self._scratchpad.plan(lambda part=part: part, train=False, ahead=False)
-            slots = self._scratchpad.wait(lookup).clone()
-            pooled = self._pool(slots, part, weights)
-            self._scratchpad.release(lookup)
-            if pooled.requires_grad:
+            try:
+                slots = self._scratchpad.wait(lookup).clone()
+                pooled = self._pool(slots, part, weights)
+            finally:
+                self._scratchpad.release(lookup)
+            if pooled.grad_fn is not None:
                 again = functools.partial(self._bring_again, part, slots)
-                pooled = _Hold.apply(pooled, again)
-            columns.append(pooled.view((len(bags.offsets) - 1) // num_features, -1))
+                pooled.grad_fn.register_prehook(again)
+            columns.append(pooled.view(num_samples, -1))
         return torch.cat(columns, 1)
 
-    def _bring_again(self, part: PooledKeys, slots: Tensor) -> None:
+    def _bring_again(self, part: PooledKeys, slots: Tensor, _grads: Any) -> None:
         """Bring the rows of a part in for its update. They may lie in other slots this time."""
         self._release()  # the part that was updated before this one
         lookup = self._scratchpad.plan(lambda: part, train=True, ahead=False)
         # Autograd has saved the slots for the TBE's backward, and would notice `slots.copy_`.
         slots.data.copy_(self._scratchpad.wait(lookup))
+        self._scratchpad.begin_update(lookup)
         self._updated.append(lookup)
 
     def flush(self) -> None:
@@ -248,9 +247,9 @@ class LookaheadBags(nn.Module):
             long = ids.long().contiguous(), offsets.long().contiguous()
             return pool_keys(*long, ranges, out_of_range)
 
+        version, of_bags = _version(ids), offsets.clone()
         lookup = self._scratchpad.plan(make_bags, train=train, ahead=ahead)
-        version = ids._version  # noqa: SLF001
-        return _Ahead(ids, version, len(offsets) - 1, out_of_range, lookup)
+        return _Ahead(ids, version, of_bags, out_of_range, lookup)
 
     def _take(self, ids: Tensor, offsets: Tensor) -> _Ahead | None:
         """The plan of a batch that was looked ahead for; those before it have been left out."""
@@ -270,6 +269,17 @@ class LookaheadBags(nn.Module):
             self._scratchpad.release(lookup)
             self._to_update.pop(lookup, None)
         self._updated.clear()
+
+    def _release_garbage(self) -> bool:
+        """Let go of the rows of graphs that are gone but for a cycle; says whether there were any.
+
+        Those of TorchRec's collectives hold themselves until they are collected.
+        """
+        before = len(self._to_update)
+        if before > 0:
+            gc.collect()
+            self._release()
+        return len(self._to_update) < before
 
 
 def _gradient_of(weights: Tensor | None) -> Tensor | None:

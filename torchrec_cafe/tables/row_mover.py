@@ -57,6 +57,7 @@ class RowMover:
         self._may_plan = True  # something has changed since planning has failed
         self._error: BaseException | None = None
         self._closed = False
+        self._paused = False  # the mover's own
         self._thread: threading.Thread | None = None
 
     # --- called by the training's thread ---------------------------------------------------------
@@ -80,9 +81,11 @@ class RowMover:
             if lookup.slots is None:
                 self._urgent = lookup
                 self._changed.notify_all()
-                while lookup.slots is None and lookup.refused is None and self._error is None:
-                    self._changed.wait()
-                self._urgent = None
+                try:
+                    while not (lookup.slots is not None or lookup.refused or self._has_ended()):
+                        self._changed.wait()
+                finally:
+                    self._urgent = None
                 self.statistics.seconds_exposed += time.perf_counter() - begin
             self._raise()
             if lookup.refused is not None:
@@ -114,19 +117,26 @@ class RowMover:
             self._raise()
             self._asked.append(task)
             self._changed.notify_all()
-            while task in self._asked and self._error is None:
+            while task in self._asked and not self._has_ended():
                 self._changed.wait()
             self._raise()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and wait for the move that it is at."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _has_ended(self) -> bool:
+        return self._closed or self._error is not None
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+        if self._closed:
+            raise RuntimeError(f"{self._name}: rows cannot be moved any more: the process ends")
 
     # --- the thread ------------------------------------------------------------------------------
 
@@ -153,6 +163,10 @@ class RowMover:
         """What to do next, if anything."""
         if self._asked:
             return self._answer
+        if self._paused:
+            return None
+        if any(lookup.released for lookup in self._waiting):
+            return self._forget_released
         if self._new:
             return self._announce
         if self._urgent is not None and self._urgent in self._waiting:
@@ -180,6 +194,15 @@ class RowMover:
             self._new.pop(0)
             self._waiting.append(lookup)
             self._may_plan = True
+
+    def _forget_released(self) -> None:
+        """Forget batches that were given up before they were planned."""
+        with self._changed:
+            given_up = [lookup for lookup in self._waiting if lookup.released]
+            self._waiting = [lookup for lookup in self._waiting if not lookup.released]
+            self._may_plan = True
+        for lookup in given_up:
+            retract_rows(lookup.rows, self.state)
 
     def _drop(self, lookup: PlannedLookup, of: list[PlannedLookup], error: Exception) -> None:
         """Refuse a lookup; others go on."""
@@ -222,6 +245,7 @@ class RowMover:
         with self._changed:
             self._planned.remove(lookup)
             lookup.slots = lookup.held = None
+            self._may_plan = True
             self._waiting.append(lookup)
             self._waiting.sort(key=lambda waiting: waiting.number)
 
@@ -245,6 +269,7 @@ class RowMover:
             lookup.held, lookup.slots = plan.found, slots
             self._waiting.remove(lookup)
             self._planned.append(lookup)
+            self._may_plan = True  # the next one has not been tried
             if lookup.released:
                 self._let_go(lookup)
             self._changed.notify_all()
@@ -270,8 +295,17 @@ class RowMover:
 
     # --- asked for -------------------------------------------------------------------------------
 
-    def write_back(self) -> None:
-        """Write all slots that differ from the store."""
+    def hold_still(self, *, write_back: bool) -> None:
+        """Move nothing until rows are read anew: the store is in other hands.
+
+        Args:
+            write_back: whether to write all slots that differ from the store before.
+        """
+        if write_back:
+            self._write_back()
+        self._paused = True
+
+    def _write_back(self) -> None:
         rows, states = self.state.slots.unbind(1)
         dirty = ((rows >= 0) & (states & DIRTY > 0)).nonzero().squeeze(1)
         self._store.write(rows[dirty], self._slots, dirty)
@@ -285,8 +319,9 @@ class RowMover:
         self.state.slots[lookup.held.long(), 1] |= DIRTY
 
     def read_anew(self) -> None:
-        """Read all rows that lie in slots."""
+        """Read all rows that lie in slots, and go on."""
         rows = self.state.slots[:, 0]
         held = (rows >= 0).nonzero().squeeze(1)
         self._store.read(rows[held], self._slots, held)
         self.statistics.bytes_in += len(held) * self._store.row_bytes
+        self._paused = False

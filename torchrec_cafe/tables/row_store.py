@@ -141,7 +141,7 @@ class FileStore(RowStore):
         io_threads: requests at a time, in [1, 1024].
 
     Raises:
-        ValueError: if another process uses the files.
+        ValueError: if somebody else uses the files.
         OSError: if the files cannot be made, or the disk is too small.
     """
 
@@ -149,11 +149,11 @@ class FileStore(RowStore):
         self, directory: Path, num_rows: int, like: Sequence[Tensor], *, io_threads: int
     ) -> None:
         """Make the files; see the class."""
-        directory.mkdir(parents=True, exist_ok=True)
         self._io_threads = io_threads
         self._files: list[int | None] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="rows to files")
         self.tensors = []
+        directory.mkdir(parents=True, exist_ok=True)
         for number, tensor in enumerate(like):
             shape = (num_rows, *tensor.shape[1:])
             if tensor.dim() == 1:
@@ -173,7 +173,8 @@ class FileStore(RowStore):
         except BlockingIOError:
             self.close()
             raise ValueError(
-                f"{path} is in use by another process: give each training a `path` of its own"
+                f"{path} is in use by another training, or by a process that it has left: give "
+                "each training a `path` of its own"
             ) from None
         os.ftruncate(file, 0)
         os.posix_fallocate(file, 0, size)  # a full disk shows now, not as a SIGBUS later
@@ -181,9 +182,7 @@ class FileStore(RowStore):
         whole = torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
         self.tensors.append(whole[: torch.Size(shape).numel()].view(shape))
         if torch.Size(shape[1:]).numel() * dtype.itemsize % BLOCK_BYTES == 0:
-            with contextlib.suppress(OSError):  # not every file system can
-                flags = fcntl.fcntl(file, fcntl.F_GETFL)
-                fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+            _pass_by_page_cache(file, self.tensors[-1])
 
     def read(self, rows: Tensor, into: Sequence[Tensor], at: Tensor) -> None:
         """See :meth:`RowStore.read`."""
@@ -236,6 +235,19 @@ class FileStore(RowStore):
     def __del__(self) -> None:
         """Let go of the files."""
         self.close()
+
+
+def _pass_by_page_cache(file: int, rows: Tensor) -> None:
+    """Set O_DIRECT, if the file system can do it, in blocks as small as rows."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+    try:
+        last = torch.tensor([len(rows) - 1] if len(rows) else [], dtype=torch.int64)
+        into = rows.new_empty((1, *rows.shape[1:]))
+        read_rows(file, last, into, torch.zeros_like(last), num_threads=1)
+    except OSError:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags)
 
 
 def _start(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:

@@ -108,16 +108,17 @@ class Scratchpad:
     def flush(self) -> None:
         """Write back all that has changed, so that the store holds every row as it is.
 
-        Rows are read anew before they are used again, in case the store is changed from outside.
+        Nothing moves until rows are used again, and they are read anew then, in case the store is
+        changed from outside.
         Batches whose update is done must have been released.
         """
-        if not self._clean:
-            self._mover.ask(self._mover.write_back)
-            self._clean = True
         self._stale = True
+        hold = functools.partial(self._mover.hold_still, write_back=not self._clean)
+        self._mover.ask(hold)
+        self._clean = True
 
     def refresh(self) -> None:
         """Read the rows in slots anew, if the store may have been changed from outside."""
         if self._stale:
-            self._stale = False
             self._mover.ask(self._mover.read_anew)
+            self._stale = False
