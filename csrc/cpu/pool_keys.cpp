@@ -30,15 +30,16 @@ std::tuple<Tensor, Tensor, Tensor> pool_keys_cpu(const Tensor& ids, const Tensor
   check_offsets(offset, offsets.numel(), ids.numel());
   const int64_t* range = ranges.const_data_ptr<int64_t>();
   const int64_t batch = (offsets.numel() - 1) / features;
+  int64_t kept = ids.numel();
   for (int64_t f = 0; f < features; ++f) {
-    STD_TORCH_CHECK(range[f * 2] >= 0 && range[f * 2 + 1] >= 0 &&
-                        (range[f * 2 + 1] > 0 || offset[f * batch] == offset[(f + 1) * batch]),
-                    "`ranges` must have a row for the ids of every feature, got none for feature ",
-                    f);
+    STD_TORCH_CHECK(range[f * 2] >= 0 && range[f * 2 + 1] >= 0, "`ranges` must be >= 0, got ",
+                    range[f * 2], " and ", range[f * 2 + 1]);
+    // A rank may have no row of a table, and be sent ids that are out of range all the same.
+    if (range[f * 2 + 1] == 0) kept -= offset[(f + 1) * batch] - offset[f * batch];
   }
-  Tensor keys = torch::stable::empty_like(ids);
+  Tensor keys = empty_cpu<1>({kept}, aoti_torch_dtype_int64());
   Tensor out_offsets = torch::stable::empty_like(offsets);
-  Tensor source = empty_cpu<1>({ids.numel()}, aoti_torch_dtype_int32());
+  Tensor source = empty_cpu<1>({kept}, aoti_torch_dtype_int32());
   const int64_t* id = ids.const_data_ptr<int64_t>();
   int64_t* key = keys.mutable_data_ptr<int64_t>();
   int64_t* out = out_offsets.mutable_data_ptr<int64_t>();
@@ -49,11 +50,12 @@ std::tuple<Tensor, Tensor, Tensor> pool_keys_cpu(const Tensor& ids, const Tensor
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t f = 0; f < features; ++f) {
       const int64_t* bag = offset + f * batch + b;
-      for (int64_t i = bag[0]; i < bag[1]; ++i, ++at) {
+      for (int64_t i = bag[0]; i < bag[1]; ++i) {
         const PooledRow row = pooled_row(range + f * kRowRangeWords, id[i]);
-        key[at] = row.key;
-        from[at] = static_cast<int32_t>(i);
         bad[f] += row.in_range ? 0 : 1;
+        if (row.key == kNoRow) continue;
+        key[at] = row.key;
+        from[at++] = static_cast<int32_t>(i);
       }
       *out++ = at;
     }

@@ -318,3 +318,17 @@ def test_state_read_between_forward_and_backward_loses_no_update():
         ours.sum().backward()
         theirs.sum().backward()
     pair.compare()
+
+
+def test_a_rank_without_rows_gives_zeros_for_ids_out_of_range():
+    fused = {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.1}
+    tbe = SlotTBE(1, DIM, weights_precision=SparseType.FP32, device=CPU, fused_params=fused)
+    store = MemoryStore(0, tbe.physical_tensors())
+    bags = LookaheadBags([StoredTable("t", 0, 2)], tbe, store)
+    for ids in ([], [3, 4]):
+        offsets = torch.tensor([0, 0, len(ids), len(ids), len(ids)])
+        looked_up = bags(torch.tensor(ids, dtype=torch.int64), offsets)
+        assert torch.equal(looked_up, torch.zeros(2, 2 * DIM))
+        looked_up.sum().backward()
+    bags.flush()
+    assert bags.out_of_range.tolist() == [2, 0]

@@ -17,9 +17,9 @@ class PooledKeys(NamedTuple):
     """Bags of several tables as bags of one.
 
     Attributes:
-        keys: int64 ``[N]``, rows, sample-major.
+        keys: int64 ``[K]``, rows, sample-major; K = N, less the ids of tables without rows.
         offsets: int64 ``[B * F + 1]``, bag ``b * F + f`` is feature f of sample b.
-        source: int32 ``[N]``, position of each occurrence in the batch's ids.
+        source: int32 ``[K]``, position of each occurrence in the batch's ids.
     """
 
     keys: Tensor
@@ -35,15 +35,15 @@ def pool_keys(ids: Tensor, offsets: Tensor, ranges: Tensor, out_of_range: Tensor
         offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
         ranges: int64 ``[F, 2]``, of each feature's table the first row, and how many it has.
         out_of_range: int64 ``[F]``, mutated: how many ids were not in their table is added. They
-            are taken as id 0, as FBGEMM does.
+            are taken as id 0, as FBGEMM does, or left out if the table has no row.
 
     Returns:
         The bags, sample by sample.
 
     Raises:
         TypeError: if a dtype is not the one above.
-        ValueError: if a shape is not the one above, offsets do not ascend, or a feature has ids and
-            its table no row; nothing is mutated then.
+        ValueError: if a shape is not the one above, or offsets do not ascend; nothing is mutated
+            then.
 
     Note:
         Deterministic. On the CPU. Not differentiable.
@@ -71,5 +71,6 @@ def _(
     ids: Tensor, offsets: Tensor, ranges: Tensor, out_of_range: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_same_device("pool_keys", ids=ids, offsets=offsets, ranges=ranges)
-    source = ids.new_empty(ids.shape, dtype=torch.int32)
-    return torch.empty_like(ids), torch.empty_like(offsets), source
+    kept = torch.library.get_ctx().new_dynamic_size()
+    source = ids.new_empty(kept, dtype=torch.int32)
+    return ids.new_empty(kept), torch.empty_like(offsets), source

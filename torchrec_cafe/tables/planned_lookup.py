@@ -24,7 +24,7 @@ class LookaheadStatistics:
         batches: batches that were looked up.
         rows: distinct rows of these batches.
         hits: rows that lay in a slot when their batch was planned.
-        fills: rows that were brought in.
+        fills: rows that were brought in, also for batches that were not looked up then.
         critical_misses: rows that were asked for by their own lookup only: nobody had looked ahead,
             or too few slots were free to do it.
         bytes_in: bytes that were brought in, with optimizer state.
@@ -89,6 +89,7 @@ class PlannedLookup:
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     held: Tensor | None = None
+    fills: int = 0  # rows that had to be brought in
     # What the training says: it is looked up; its rows are not needed any more.
     begun: bool = False
     released: bool = False

@@ -93,6 +93,9 @@ class RowMover:
             lookup.begun = True
             self.statistics.batches += 1
             self.statistics.rows += len(lookup.rows)
+            self.statistics.hits += len(lookup.rows) - lookup.fills
+            if not lookup.ahead:
+                self.statistics.critical_misses += lookup.fills
         assert lookup.slots is not None
         return lookup.slots
 
@@ -277,12 +280,10 @@ class RowMover:
 
     def _count(self, lookup: PlannedLookup, fills: int, spills: int) -> None:
         statistics, row_bytes = self.statistics, self._store.row_bytes
-        statistics.hits += len(lookup.rows) - fills
+        lookup.fills = fills
         statistics.fills += fills
         statistics.bytes_in += fills * row_bytes
         statistics.bytes_out += spills * row_bytes
-        if not lookup.ahead:
-            statistics.critical_misses += fills
 
     def _too_few_slots(self, lookup: PlannedLookup, missing: int) -> ScratchpadFullError:
         num_slots = len(self.state.slots)

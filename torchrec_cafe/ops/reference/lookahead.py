@@ -190,9 +190,10 @@ def pool_keys(ids: Tensor, offsets: Tensor, ranges: Tensor, out_of_range: Tensor
             bag = feature * batch_size + sample
             for i in range(int(offsets[bag]), int(offsets[bag + 1])):
                 in_range = 0 <= int(ids[i]) < size
-                keys.append(first + (int(ids[i]) if in_range else 0))
-                source.append(i)
                 out_of_range[feature] += 0 if in_range else 1
+                if size > 0:
+                    keys.append(first + (int(ids[i]) if in_range else 0))
+                    source.append(i)
             out_offsets.append(len(keys))
     return PooledKeys(_int64(keys), _int64(out_offsets), torch.tensor(source, dtype=torch.int32))
 
