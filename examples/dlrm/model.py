@@ -19,7 +19,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 import torchrec_cafe as tc
-from examples.dlrm.config import TrainConfig
+from examples.dlrm.config import EXACT_KINDS, TrainConfig
 from examples.dlrm.data import ClickLog
 from torchrec_cafe.config import TableShape
 
@@ -54,8 +54,9 @@ def constraints(
         "mem_rec": lambda: tc.MemRec(compression=compression, **config.mem_rec_arguments()),
     }
     table = kinds[kind]()
-    # Table-wise keeps every stock table's optimizer fused, as the compressed ones' is.
-    stock = ["table_wise"] if table is None else None
+    # Table-wise keeps every stock table's optimizer fused, as the compressed ones' is; tables that
+    # look ahead then start from the same weights, and end at the same.
+    stock = ["table_wise"] if kind in EXACT_KINDS else None
     return {
         f"t_{feature.name}": tc.ParameterConstraints(table=table, sharding_types=stock)
         for feature in log.features

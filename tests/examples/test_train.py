@@ -86,6 +86,33 @@ def test_two_ranks_train_every_kind_and_report(tmp_path: Path, criteo_file: Path
 
 
 @pytest.mark.slow
+def test_look_ahead_tables_train_what_full_tables_do(tmp_path: Path, criteo_file: Path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
+            *("-m", "examples.dlrm.train", "--data", str(criteo_file), "--full"),
+            *("--batch_size", "64", "--kinds", "full,lookahead", "--learning_rate", "0.2"),
+            *("--lookahead", "cache_fraction=0.2,min_slots=1", "--depth", "3"),
+            *("--cache_dir", str(tmp_path / "cache"), "--out", str(tmp_path / "out")),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    values = {row["name"]: row["value"] for row in report["rows"]}
+    for metric in ("auc", "log_loss"):
+        assert values[f"lookahead/{metric}"] == values[f"full/{metric}"]
+    (events,) = (tmp_path / "out" / "tensorboard" / "lookahead").iterdir()
+    scalars = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {"lookahead_pool_0/hits", "lookahead_pool_0/seconds_hidden"} <= set(scalars)
+    assert "of it hidden" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_a_failing_rank_fails_the_job_and_leaves_no_report(tmp_path: Path):
     done = torchx_train(tmp_path, "--data", "no/such/file")
     assert done.returncode != 0

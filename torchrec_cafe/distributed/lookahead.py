@@ -92,6 +92,9 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
         self._emb_module.present(store.tensors, self._local_rows, self.bags.flush)
         self._report = BoundsReport(config.embedding_tables)
         self._optim = LookaheadFusedOptimizer(config, self._emb_module, pg)
+        # As TorchRec's kernel does, before its sharded module does so again: a seed then gives the
+        # weights that it gives uncached tables.
+        self.init_parameters()
 
     def _store(self, kind: Lookahead) -> RowStore:
         rows, like = sum(self._local_rows), self._emb_module.physical_tensors()
