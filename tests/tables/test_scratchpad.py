@@ -138,7 +138,7 @@ def test_updates_of_split_batches_are_written_back():
     batches = trace("random", 12)
     pair = Pair(window(batches, 0) * 2 // 3)
     for batch in batches:
-        assert distinct([batch]) > pair.tbe_slots * 0.9
+        assert distinct([batch]) > pair.tbe_slots
         pair.step(batch)
         pair.compare()  # flushes, and has the rows read anew
 

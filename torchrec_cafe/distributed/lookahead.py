@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import data_type_to_sparse_type
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -17,13 +16,13 @@ from torchrec_cafe.config import Lookahead
 from torchrec_cafe.distributed._torchrec import (
     EmbeddingFusedOptimizer,
     GroupedEmbeddingConfig,
-    GroupedPooledEmbeddingsLookup,
     RwPooledEmbeddingSharding,
     TwPooledEmbeddingSharding,
     TwRwPooledEmbeddingSharding,
     kernels_of_lookup,
 )
 from torchrec_cafe.distributed.bounds import BoundsReport
+from torchrec_cafe.distributed.lookup import CompressedGroupedPooledEmbeddingsLookup, OwnLookup
 from torchrec_cafe.distributed.row_range_kernel import OWN_PARAMS, RowRangeEmbeddingBag
 from torchrec_cafe.distributed.types import GROUP_PARAM
 from torchrec_cafe.tables import (
@@ -142,13 +141,10 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
         self.bags.flush()
 
 
-class LookaheadGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
+class LookaheadGroupedPooledEmbeddingsLookup(CompressedGroupedPooledEmbeddingsLookup):
     """TorchRec's lookup of look-ahead tables."""
 
-    def _create_embedding_kernel(
-        self, config: GroupedEmbeddingConfig, device: Any, pg: Any, *args: Any
-    ) -> Any:
-        return LookaheadEmbeddingBag(config, pg, device, *args[:1])  # the sharding type
+    _compressed_kernel = LookaheadEmbeddingBag
 
     def prefetch(
         self,
@@ -165,32 +161,10 @@ class LookaheadGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
             kernel.look_ahead(features)
 
 
-class _LookaheadSharding:
-    """What the shardings of look-ahead tables have in common: TorchRec's, but for the lookup."""
+class _LookaheadSharding(OwnLookup):
+    """TorchRec's shardings, input and output dists, with the lookup above."""
 
-    _sharding_type: ShardingType
-    _pg: Any
-    _env: Any
-    _device: Any
-
-    def _configs(self) -> list[GroupedEmbeddingConfig]:
-        raise NotImplementedError
-
-    def create_lookup(
-        self,
-        device: torch.device | None = None,
-        fused_params: dict[str, Any] | None = None,  # noqa: ARG002  TorchRec's signature
-        feature_processor: Any = None,
-    ) -> BaseEmbeddingLookup[Any, Any]:
-        """Lookup with our kernel."""
-        return LookaheadGroupedPooledEmbeddingsLookup(
-            grouped_configs=self._configs(),
-            pg=self._pg,
-            device=device or self._device,
-            feature_processor=feature_processor,
-            sharding_type=self._sharding_type,
-            env=self._env,
-        )
+    _lookup_type = LookaheadGroupedPooledEmbeddingsLookup
 
 
 class LookaheadRwPooledEmbeddingSharding(_LookaheadSharding, RwPooledEmbeddingSharding):
@@ -198,17 +172,11 @@ class LookaheadRwPooledEmbeddingSharding(_LookaheadSharding, RwPooledEmbeddingSh
 
     _sharding_type = ShardingType.ROW_WISE
 
-    def _configs(self) -> list[GroupedEmbeddingConfig]:
-        return self._grouped_embedding_configs
-
 
 class LookaheadTwPooledEmbeddingSharding(_LookaheadSharding, TwPooledEmbeddingSharding):
     """Table-wise sharding of look-ahead tables."""
 
     _sharding_type = ShardingType.TABLE_WISE
-
-    def _configs(self) -> list[GroupedEmbeddingConfig]:
-        return self._grouped_embedding_configs
 
 
 class LookaheadTwRwPooledEmbeddingSharding(_LookaheadSharding, TwRwPooledEmbeddingSharding):
@@ -216,7 +184,8 @@ class LookaheadTwRwPooledEmbeddingSharding(_LookaheadSharding, TwRwPooledEmbeddi
 
     _sharding_type = ShardingType.TABLE_ROW_WISE
 
-    def _configs(self) -> list[GroupedEmbeddingConfig]:
+    def local_configs(self) -> list[GroupedEmbeddingConfig]:
+        """See :meth:`OwnLookup.local_configs`."""
         return self._grouped_embedding_configs_per_rank[self._rank]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup
+from torchrec.distributed.types import ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_cafe.distributed._torchrec import (
@@ -105,3 +107,36 @@ class CompressedGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):
         if GROUP_PARAM in (config.fused_params or {}):
             return self._compressed_kernel(config, pg, device, *args[:1])  # the sharding type
         return super()._create_embedding_kernel(config, device, pg, *args)
+
+
+class OwnLookup:
+    """What shardings of our tables have in common: they are TorchRec's, but for the lookup."""
+
+    _lookup_type: type[CompressedGroupedPooledEmbeddingsLookup] = (
+        CompressedGroupedPooledEmbeddingsLookup
+    )
+    _sharding_type: ShardingType
+    _grouped_embedding_configs: list[GroupedEmbeddingConfig]
+    _pg: Any
+    _env: Any
+    _device: Any
+
+    def local_configs(self) -> list[GroupedEmbeddingConfig]:
+        """The groups of tables on this rank."""
+        return self._grouped_embedding_configs
+
+    def create_lookup(
+        self,
+        device: torch.device | None = None,
+        fused_params: dict[str, Any] | None = None,  # noqa: ARG002  TorchRec's signature
+        feature_processor: Any = None,
+    ) -> BaseEmbeddingLookup[Any, Any]:
+        """Lookup with our kernel."""
+        return self._lookup_type(
+            grouped_configs=self.local_configs(),
+            pg=self._pg,
+            device=device or self._device,
+            feature_processor=feature_processor,
+            sharding_type=self._sharding_type,
+            env=self._env,
+        )

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torchrec.distributed.embedding_sharding import (
     BaseEmbeddingDist,
-    BaseEmbeddingLookup,
     BaseSparseFeaturesDist,
     EmbeddingShardingContext,
 )
@@ -23,8 +20,8 @@ from torchrec_cafe.distributed._torchrec import (
     set_row_boundaries,
 )
 from torchrec_cafe.distributed.lookup import (
-    CompressedGroupedPooledEmbeddingsLookup,
     IdMixer,
+    OwnLookup,
     group_of,
 )
 from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
@@ -113,8 +110,10 @@ class CompressedRwPooledEmbeddingDist(RwPooledEmbeddingDist):
         return torch.cat(parts, 1)
 
 
-class CompressedRwPooledEmbeddingSharding(RwPooledEmbeddingSharding):
+class CompressedRwPooledEmbeddingSharding(OwnLookup, RwPooledEmbeddingSharding):
     """Row-wise sharding of the compressed tables of a module."""
+
+    _sharding_type = ShardingType.ROW_WISE
 
     def create_input_dist(
         self, device: torch.device | None = None
@@ -123,22 +122,6 @@ class CompressedRwPooledEmbeddingSharding(RwPooledEmbeddingSharding):
         assert self._pg is not None
         tables = self.embedding_tables()
         return CompressedRwSparseFeaturesDist(self._pg, tables, device or self._device)
-
-    def create_lookup(
-        self,
-        device: torch.device | None = None,
-        fused_params: dict[str, Any] | None = None,
-        feature_processor: Any = None,
-    ) -> BaseEmbeddingLookup[Any, Any]:
-        """Lookup with our kernel."""
-        return CompressedGroupedPooledEmbeddingsLookup(
-            grouped_configs=self._grouped_embedding_configs,
-            pg=self._pg,
-            device=device or self._device,
-            feature_processor=feature_processor,
-            sharding_type=ShardingType.ROW_WISE,
-            env=self._env,
-        )
 
     def create_output_dist(
         self, device: torch.device | None = None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup, BaseSparseFeaturesDist
+from torchrec.distributed.embedding_sharding import BaseSparseFeaturesDist
 from torchrec.distributed.types import Awaitable, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -15,7 +13,7 @@ from torchrec_cafe.distributed._torchrec import (
     TwPooledEmbeddingSharding,
     TwSparseFeaturesDist,
 )
-from torchrec_cafe.distributed.lookup import CompressedGroupedPooledEmbeddingsLookup, IdMixer
+from torchrec_cafe.distributed.lookup import IdMixer, OwnLookup
 
 
 class CompressedTwSparseFeaturesDist(TwSparseFeaturesDist):
@@ -50,8 +48,10 @@ class CompressedTwSparseFeaturesDist(TwSparseFeaturesDist):
         return super().forward(self._mixer(sparse_features))
 
 
-class CompressedTwPooledEmbeddingSharding(TwPooledEmbeddingSharding):
+class CompressedTwPooledEmbeddingSharding(OwnLookup, TwPooledEmbeddingSharding):
     """Table-wise sharding of the compressed tables of a module."""
+
+    _sharding_type = ShardingType.TABLE_WISE
 
     def create_input_dist(
         self, device: torch.device | None = None
@@ -60,20 +60,4 @@ class CompressedTwPooledEmbeddingSharding(TwPooledEmbeddingSharding):
         assert self._pg is not None
         return CompressedTwSparseFeaturesDist(
             self._pg, self.embedding_tables(), self.features_per_rank(), device or self._device
-        )
-
-    def create_lookup(
-        self,
-        device: torch.device | None = None,
-        fused_params: dict[str, Any] | None = None,
-        feature_processor: Any = None,
-    ) -> BaseEmbeddingLookup[Any, Any]:
-        """Lookup with our kernel."""
-        return CompressedGroupedPooledEmbeddingsLookup(
-            grouped_configs=self._grouped_embedding_configs,
-            pg=self._pg,
-            device=device or self._device,
-            feature_processor=feature_processor,
-            sharding_type=ShardingType.TABLE_WISE,
-            env=self._env,
         )

@@ -79,6 +79,28 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         states = super().split_optimizer_states()
         return [super().split_embedding_weights()[0], *(states[0] if states else [])]
 
+    def pool(self, rows: Tensor, offsets: Tensor, factors: Tensor | None) -> Tensor:
+        """Look up rows of the physical table and pool them by bag.
+
+        Args:
+            rows: int64 ``[N]``.
+            offsets: int64 ``[B + 1]``, where each bag starts.
+            factors: float32 ``[N]``, factor of each row; ``None``: all one.
+
+        Returns:
+            ``[B, D]``.
+        """
+        unneeded = None
+        if factors is not None and not factors.requires_grad:
+            # FBGEMM would compute the gradient of the factors unasked.
+            unneeded = torch.zeros(1, dtype=torch.int32, device=factors.device)
+        return self(
+            indices=rows,
+            offsets=offsets,
+            per_sample_weights=factors,
+            feature_requires_grad=unneeded,
+        )
+
     def presented_tensors(self) -> list[Tensor]:
         """The rows and states of all logical tables, one after the other."""
         return self.physical_tensors()

@@ -54,21 +54,10 @@ class CompressedBags(nn.Module):
         if not torch.is_grad_enabled():
             return self.rows.infer(ids, offsets, weights, self.tbe)
         rows, starts, factors, learn, scales = self.rows(ids, offsets, weights)
-        pooled = self.tbe(
-            indices=rows,
-            offsets=starts,
-            per_sample_weights=factors,
-            feature_requires_grad=self._gradient_of(factors),
-        )
+        pooled = self.tbe.pool(rows, starts, factors)
         if learn is not None and pooled.requires_grad:
             pooled.register_hook(torch.no_grad()(learn))
         return self.rows.by_sample(pooled, scales)
-
-    def _gradient_of(self, factors: Tensor | None) -> Tensor | None:
-        """Whether FBGEMM has to compute the gradient of the factors, which it does unasked."""
-        if factors is None or factors.requires_grad:
-            return None
-        return torch.zeros(1, dtype=torch.int32, device=factors.device)
 
     def settle(self) -> None:
         """Apply what the last step has taught; see :meth:`HotRowPool.settle`."""

@@ -176,12 +176,7 @@ class LookaheadBags(nn.Module):
         assert bags is not None  # there are slots
         if weights is not None:
             weights = weights[bags.source]
-        return self.tbe(
-            indices=slots,
-            offsets=bags.offsets,
-            per_sample_weights=weights,
-            feature_requires_grad=_gradient_of(weights),
-        )
+        return self.tbe.pool(slots, bags.offsets, weights)
 
     def begin_update(self, lookup: PlannedLookup) -> None:
         """Note that the TBE is about to update the rows of a batch.
@@ -280,13 +275,6 @@ class LookaheadBags(nn.Module):
             gc.collect()
             self._release()
         return len(self._to_update) < before
-
-
-def _gradient_of(weights: Tensor | None) -> Tensor | None:
-    """Whether FBGEMM has to compute the gradient of the weights, which it does unasked."""
-    if weights is None or weights.requires_grad:
-        return None
-    return torch.zeros(1, dtype=torch.int32, device=weights.device)
 
 
 def split_by_table(
