@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,7 +73,11 @@ def planner(
     table_constraints: dict[str, Any] | None, world_size: int | None = None
 ) -> tc.EmbeddingShardingPlanner:
     return tc.EmbeddingShardingPlanner(
-        topology=Topology(world_size=world_size or dist.get_world_size(), compute_device="cpu"),
+        topology=Topology(
+            world_size=world_size or dist.get_world_size(),
+            local_world_size=None if world_size else int(os.environ["LOCAL_WORLD_SIZE"]),
+            compute_device="cpu",
+        ),
         constraints=table_constraints,
         debug=False,
     )
@@ -98,6 +103,15 @@ def sharded(
     )
 
 
+def part() -> int:
+    """Which part of a batch this rank's is, in the order in which lookups see the samples.
+
+    TorchRec's table-row-wise exchange puts the first ranks of all hosts before the second ones.
+    """
+    rank, local_size = dist.get_rank(), int(os.environ["LOCAL_WORLD_SIZE"])
+    return rank % local_size * (dist.get_world_size() // local_size) + rank // local_size
+
+
 def batches(
     count: int,
     batch_size: int,
@@ -110,7 +124,7 @@ def batches(
 
     Bags have 0 to 2 ids; popular ids are the small ones.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = part(), dist.get_world_size()
     total = batch_size * world_size
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):

@@ -15,13 +15,19 @@ import torch.multiprocessing as mp
 
 
 def _worker(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    num_hosts: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    local_world_size = world_size // num_hosts
     os.environ |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank % local_world_size),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
     }
     torch.set_num_threads(1)
     status = 1
@@ -41,12 +47,19 @@ def _worker(
     os._exit(status)
 
 
-def run_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``function(*args)`` returns on each of ``world_size`` gloo ranks."""
+def run_ranks(
+    world_size: int, folder: Path, function: Callable[..., Any], *args: Any, num_hosts: int = 1
+) -> list[Any]:
+    """What ``function(*args)`` returns on each of ``world_size`` gloo ranks.
+
+    Ranks of different hosts are told apart by their environment only, as TorchRec does it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("spawn")
     processes = [
-        context.Process(target=_worker, args=(rank, world_size, str(folder), function, args))
+        context.Process(
+            target=_worker, args=(rank, world_size, num_hosts, str(folder), function, args)
+        )
         for rank in range(world_size)
     ]
     for process in processes:

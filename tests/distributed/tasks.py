@@ -55,10 +55,10 @@ def pulls(kind: str, weighted: bool) -> Iterator[tuple[KeyedJaggedTensor, Tensor
 
     So any world sees the same importance.
     """
-    world_size, rank = dist.get_world_size(), dist.get_rank()
+    world_size, rank = dist.get_world_size(), models.part()
     batch_size = 48 // world_size
     # Rows and factors that pull at each other would grow without bound.
-    strength = 0.001 if kind == "mem_rec_sample" else 0.25
+    strength = {"mem_rec_sample": 0.001, "mem_rec": 0.01}.get(kind, 0.25)
     batches = models.batches(30, batch_size, SIZES, weighted=weighted)
     for step, batch in enumerate(batches):
         samples = torch.arange(rank * batch_size, (rank + 1) * batch_size)

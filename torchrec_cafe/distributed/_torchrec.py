@@ -23,10 +23,14 @@ from torchrec.distributed.composable.table_batched_embedding_slice import (
     TableBatchedEmbeddingSlice,
 )
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
-from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
+from torchrec.distributed.embedding_sharding import (
+    EmbeddingShardingInfo,
+    bucketize_kjt_before_all2all,
+)
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.planner.types import ParameterConstraints as TorchRecConstraints
+from torchrec.distributed.planner.types import Topology
 from torchrec.distributed.sharding.dp_sharding import (
     DpPooledEmbeddingSharding,
     DpSparseFeaturesDist,
@@ -40,9 +44,14 @@ from torchrec.distributed.sharding.tw_sharding import (
     TwPooledEmbeddingSharding,
     TwSparseFeaturesDist,
 )
-from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
+from torchrec.distributed.sharding.twrw_sharding import (
+    TwRwPooledEmbeddingDist,
+    TwRwPooledEmbeddingSharding,
+    TwRwSparseFeaturesDist,
+)
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.pipeline_context import PrefetchTrainPipelineContext
+from torchrec.distributed.types import Awaitable
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim.fused import FusedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -68,17 +77,22 @@ __all__ = [
     "TensorProperties",
     "TorchRecConstraints",
     "TwPooledEmbeddingSharding",
+    "TwRwPooledEmbeddingDist",
     "TwRwPooledEmbeddingSharding",
+    "TwRwSparseFeaturesDist",
     "TwSparseFeaturesDist",
+    "cut_by_boundaries",
     "kernels_of",
     "kernels_of_lookup",
     "lookups_of",
     "mark_trained_in_backward",
     "pool_means_once",
     "present_tables",
+    "ranks_of_a_host",
     "receive_input",
     "set_row_boundaries",
     "sharded_tensor",
+    "staggered",
 ]
 
 
@@ -144,6 +158,11 @@ def receive_input(
     return ids
 
 
+def ranks_of_a_host(topology: Topology) -> int:
+    """Ranks that table-row-wise tables are spread over; a domain of NVLink, since TorchRec 1.8."""
+    return getattr(topology, "intra_group_size", topology.local_world_size)
+
+
 def present_tables(
     module: ShardedEmbeddingBagCollection, configs: list[EmbeddingBagConfig]
 ) -> None:
@@ -181,3 +200,26 @@ def set_row_boundaries(input_dist: RwSparseFeaturesDist, boundaries: list[Any]) 
         "torchrec_cafe: this TorchRec's RwSparseFeaturesDist has no bucketize_row_pos; "
         "use TorchRec 1.6 to 1.8"
     )
+
+
+def cut_by_boundaries(
+    input_dist: TwRwSparseFeaturesDist, features: KeyedJaggedTensor, boundaries: list[Tensor]
+) -> KeyedJaggedTensor:
+    """Cut each feature's ids at the given boundaries, into parts for the ranks of a host.
+
+    A table-row-wise input dist of TorchRec cuts at equal blocks only.
+    """
+    return bucketize_kjt_before_all2all(
+        features,
+        num_buckets=input_dist._local_size,
+        block_sizes=input_dist._feature_block_sizes_tensor,  # pyright: ignore[reportArgumentType]
+        block_bucketize_row_pos=boundaries,
+    )[0]
+
+
+def staggered(
+    input_dist: TwRwSparseFeaturesDist, parts: KeyedJaggedTensor
+) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
+    """Send each part to its rank, as a table-row-wise input dist of TorchRec does."""
+    order: Any = input_dist._sf_staggered_shuffle_tensor
+    return input_dist._dist(parts.permute(input_dist._sf_staggered_shuffle, order))

@@ -40,6 +40,7 @@ from torchrec_cafe.distributed.lookahead import (
 )
 from torchrec_cafe.distributed.row_wise import CompressedRwPooledEmbeddingSharding
 from torchrec_cafe.distributed.sharded_state import load_state, sharded_state
+from torchrec_cafe.distributed.table_row_wise import CompressedTwRwPooledEmbeddingSharding
 from torchrec_cafe.distributed.table_wise import CompressedTwPooledEmbeddingSharding
 from torchrec_cafe.distributed.types import (
     GROUP_PARAM,
@@ -57,6 +58,7 @@ _LOOKAHEAD = "lookahead_"
 _SHARDINGS: dict[str, Any] = {
     ShardingType.ROW_WISE.value: CompressedRwPooledEmbeddingSharding,
     ShardingType.TABLE_WISE.value: CompressedTwPooledEmbeddingSharding,
+    ShardingType.TABLE_ROW_WISE.value: CompressedTwRwPooledEmbeddingSharding,
 }
 
 

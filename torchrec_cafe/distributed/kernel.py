@@ -192,8 +192,8 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
             features: the rank's ids, ``[F * B]`` bags.
 
         Returns:
-            ``[B, F * D]``; of row-wise tables, the rank's part of the sums of bags, or what
-            :class:`MemRecSamples` gives.
+            ``[B, F * D]``; of tables whose rows are spread over ranks, the rank's part of the sums
+            of bags, or what :class:`MemRecSamples` gives.
 
         Raises:
             ValueError: for a batch whose features differ in batch size.
@@ -201,8 +201,8 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
         self.refuse_variable_stride(features)
         weights = features.weights_or_none()
         pooled = self.bags(features.values().long(), features.offsets().long(), weights)
-        if self.group.sharding_type == ShardingType.ROW_WISE.value:
-            return pooled  # a part; TorchRec divides the sum by the lengths of bags
+        if self.group.gives_parts:
+            return pooled  # TorchRec divides the sum of the parts by the lengths of bags
         if self.group.is_per_sample:
             pooled = sample_vectors(pooled, self._config.num_features())
         if self._config.pooling is PoolingType.MEAN:

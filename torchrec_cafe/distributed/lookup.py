@@ -28,6 +28,31 @@ def group_of(table: ShardedEmbeddingTable) -> CompressedGroup:
     return table.fused_params[GROUP_PARAM]
 
 
+def id_boundaries(
+    tables: Sequence[ShardedEmbeddingTable], num_ranks: int, device: torch.device | None
+) -> tuple[list[int], list[torch.Tensor]]:
+    """Where the mixed ids of each feature are cut between the ranks that have its table.
+
+    Args:
+        tables: the tables, in the order of the features of a batch.
+        num_ranks: how many have a part of each table.
+        device: where the ids are.
+
+    Returns:
+        Number of ids, and int64 ``[num_ranks + 1]`` boundaries, of each feature.
+    """
+    sizes: list[int] = []
+    boundaries: list[torch.Tensor] = []
+    for table in tables:
+        group = group_of(table)
+        for _ in range(table.num_features()):  # none of a pool
+            compressed = group.table(table.name)
+            sizes.append(compressed.num_ids)
+            bounds = group.id_bounds(compressed, num_ranks)
+            boundaries.append(torch.tensor(bounds, device=device))
+    return sizes, boundaries
+
+
 class IdMixer(nn.Module):
     """Mixes the ids of a batch, and reports those out of range.
 

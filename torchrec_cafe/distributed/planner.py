@@ -24,7 +24,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_cafe.config import Lookahead, MemRec, TableKind, TableShape, item_bytes
-from torchrec_cafe.distributed._torchrec import TorchRecConstraints
+from torchrec_cafe.distributed._torchrec import TorchRecConstraints, ranks_of_a_host
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
 from torchrec_cafe.distributed.optimizers import check_optimizer
 from torchrec_cafe.distributed.types import (
@@ -270,10 +270,15 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
                 {config.name: config.num_embeddings for config in configs},
                 kind.allocate(shapes),
             )
-            if group.has_pool and sharding_type == ShardingType.ROW_WISE.value:
-                group.shard_bounds(self._topology.world_size)  # refuse too many ranks now
+            if group.has_pool and group.gives_parts:
+                group.shard_bounds(self._ranks_of_a_table(sharding_type))  # refuse too many now
             result |= {config.name: group for config in configs}
         return result
+
+    def _ranks_of_a_table(self, sharding_type: str) -> int:
+        if sharding_type == ShardingType.TABLE_ROW_WISE.value:
+            return ranks_of_a_host(self._topology)
+        return self._topology.world_size
 
     def _planning_sharders(
         self,
@@ -384,7 +389,8 @@ def _spec(
     return EnumerableShardingSpec(
         [
             ShardMetadata(
-                shard_offsets=[begin, 0],
+                # DCP saves one of the shards with the same offset, be it an empty one.
+                shard_offsets=[begin if begin < end else rows[-1], 0],
                 shard_sizes=[end - begin, dim],
                 placement=shard.placement,
             )

@@ -14,9 +14,11 @@ from torchrec_cafe.ops import first_mixed_id
 
 def sharding_types(kind: TableKind) -> tuple[str, ...]:
     """How tables of a kind can be sharded; the first unless something else is asked for."""
-    types = (ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value)
-    if isinstance(kind, Lookahead):
-        return (*types, ShardingType.TABLE_ROW_WISE.value)
+    types = (
+        ShardingType.ROW_WISE.value,
+        ShardingType.TABLE_WISE.value,
+        ShardingType.TABLE_ROW_WISE.value,
+    )
     # Replicas of the others would each learn other hot ids, or are tables that plain ones replace.
     return (*types, ShardingType.DATA_PARALLEL.value) if isinstance(kind, MemRec) else types
 
@@ -151,8 +153,19 @@ class CompressedGroup:
 
     @property
     def stays_together(self) -> bool:
-        """Whether all tables have to lie on the same rank: their pool does."""
-        return self.has_pool and self.sharding_type == ShardingType.TABLE_WISE.value
+        """Whether all tables have to lie on the same rank or host: their pool does."""
+        return self.has_pool and self.sharding_type in (
+            ShardingType.TABLE_WISE.value,
+            ShardingType.TABLE_ROW_WISE.value,
+        )
+
+    @property
+    def gives_parts(self) -> bool:
+        """Whether what a rank looks up is a part, which TorchRec adds to others' parts."""
+        return self.sharding_type in (
+            ShardingType.ROW_WISE.value,
+            ShardingType.TABLE_ROW_WISE.value,
+        )
 
     @property
     def looks_ahead(self) -> bool:
@@ -182,7 +195,7 @@ class CompressedGroup:
         """First virtual shard of each rank, and the number of shards: ``world_size + 1`` numbers.
 
         Args:
-            world_size: ranks that the tables are spread over; 1 if they are sharded table-wise.
+            world_size: ranks that a table is spread over: all, those of a host, or one.
 
         Raises:
             ValueError: if there are more ranks than virtual shards.
