@@ -16,18 +16,23 @@ from torchrec_cafe._library import load_operators
 load_operators(__path__)  # before the modules that register fake kernels
 
 from torchrec_cafe.config import (  # noqa: E402
+    Auto,
     Cafe,
     Hash,
+    IdStatistics,
     Lookahead,
     MemoryBreakdown,
     MemRec,
     QuotientRemainder,
+    load_statistics,
+    save_statistics,
 )
 from torchrec_cafe.distributed import (  # noqa: E402
     EmbeddingBagCollectionSharder,
     EmbeddingShardingPlanner,
     LookaheadTrainPipeline,
     ParameterConstraints,
+    PlanReport,
     lookahead_statistics,
     pool_statistics,
     resident_bytes,
@@ -36,17 +41,22 @@ from torchrec_cafe.distributed import (  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "Auto",
     "Cafe",
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
     "Hash",
+    "IdStatistics",
     "Lookahead",
     "LookaheadTrainPipeline",
     "MemRec",
     "MemoryBreakdown",
     "ParameterConstraints",
+    "PlanReport",
     "QuotientRemainder",
+    "load_statistics",
     "lookahead_statistics",
     "pool_statistics",
     "resident_bytes",
+    "save_statistics",
 ]

@@ -22,7 +22,8 @@ from tests.distributed import models
 from tests.distributed.ranks import run_ranks
 from torchrec_cafe.config import TableKind, TableShape
 from torchrec_cafe.distributed import CompressedParameterSharding
-from torchrec_cafe.distributed.planner import planned_rows
+from torchrec_cafe.distributed.optimizers import OptimizerState
+from torchrec_cafe.distributed.planned_bytes import plan_table
 
 WORLD_SIZES = [1, 2, 3, 8]
 
@@ -91,18 +92,23 @@ def test_the_planner_counts_compressed_bytes():
 
 @pytest.mark.parametrize("sharding_type", ["row_wise", "table_wise"])
 @pytest.mark.parametrize("kind", [*models.KINDS.values(), models.HASH], ids=repr)
-def test_planned_rows_add_up_to_what_is_resident(kind: TableKind, sharding_type: str):
+def test_planned_bytes_add_up_to_what_is_resident(kind: TableKind, sharding_type: str):
     sizes = {"t_big": 50_000, "t_other": 20_000, "t_small": 12}
     constraint = tc.ParameterConstraints(table=kind, sharding_types=[sharding_type])
     plan = models.planner(dict.fromkeys(sizes, constraint), 2).plan(
         models.collection(sizes), [models.sharder()]
     )
     group = plan.plan[""]["t_big"].group
-    planned = 32 * sum(planned_rows(group, name, 32) for name in sizes)
+    ranks = 2 if sharding_type == "row_wise" else 1
+    planned = [
+        plan_table(group, name, ranks, row_bytes=32, state=OptimizerState(0, 0, 8), on_cpu=True)
+        for name in sizes
+    ]
     shapes = [
         TableShape(name=name, num_embeddings=size, embedding_dim=8) for name, size in sizes.items()
     ]
-    assert planned == pytest.approx(kind.allocate(shapes).memory.total_bytes, rel=0.005)
+    total = sum(sum(table.device) for table in planned)
+    assert total == pytest.approx(kind.allocate(shapes).memory.total_bytes, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +277,14 @@ def test_look_ahead_tables_are_planned_at_their_size(sharding_type):
         slots = math.ceil(0.05 * 5700)
         assert group.num_slots == slots
         assert group.resident_bytes == slots * (8 * 4 + 100)
-        planned = planned_rows(group, name, 8 * 4)
-        share = slots * 132 / 32 * models.SIZES[name] / 5700
-        assert planned == models.SIZES[name] + round(share)
-        assert planned_rows(group, name, 8 * 4, "cuda") == round(share)
+        sgd = OptimizerState(0, 0, 8)
+        ranks = len(shards)
+        on_cpu = plan_table(group, name, ranks, row_bytes=32, state=sgd, on_cpu=True)
+        on_cuda = plan_table(group, name, ranks, row_bytes=32, state=sgd, on_cpu=False)
+        share = slots * models.SIZES[name] / 5700
+        rounding = 132 * 2 * ranks
+        assert sum(on_cuda.device) == pytest.approx(share * 32, abs=rounding)
+        assert sum(on_cuda.host) == pytest.approx(
+            models.SIZES[name] * 32 + share * 100, abs=rounding
+        )
+        assert sum(on_cpu.device) == sum(on_cuda.device) + sum(on_cuda.host)

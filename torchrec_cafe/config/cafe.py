@@ -94,6 +94,7 @@ class Cafe(TableKind):
         rebalance_interval: steps between two decisions on the same virtual shard, >= 1.
         num_shards: virtual shards of the pool, fixed for the life of a checkpoint; at least the
             number of ranks that the table is ever spread over. ``None``: 64, fewer for small pools.
+        pool: name of the pool: tables whose kinds differ in nothing else share nothing either.
     """
 
     compression: float
@@ -108,6 +109,7 @@ class Cafe(TableKind):
     half_life: float = 4000.0
     rebalance_interval: int = 16
     num_shards: int | None = None
+    pool: str = ""
 
     def __post_init__(self) -> None:
         """Check the arguments.

@@ -54,6 +54,7 @@ class MemRec(TableKind):
         num_shards: virtual shards of both tables, fixed for the life of a checkpoint; at least the
             number of ranks that the tables are ever spread over. The rows of an id lie in one
             shard. ``None``: 64, fewer for small tables.
+        pool: name of the pool: tables whose kinds differ in nothing else share nothing either.
     """
 
     compression: float | None = None
@@ -62,6 +63,7 @@ class MemRec(TableKind):
     num_weight_hashes: int = 4
     per: str = "token"
     num_shards: int | None = None
+    pool: str = ""
 
     def __post_init__(self) -> None:
         """Check the arguments.

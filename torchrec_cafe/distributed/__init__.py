@@ -1,11 +1,14 @@
 """Compressed tables in a TorchRec sharding plan."""
 
+from torchrec_cafe.distributed.constraints import ParameterConstraints
 from torchrec_cafe.distributed.embedding_bag import (
     EmbeddingBagCollectionSharder,
     ShardedCompressedEmbeddingBagCollection,
 )
+from torchrec_cafe.distributed.option import BudgetError
 from torchrec_cafe.distributed.pipeline import LookaheadTrainPipeline
-from torchrec_cafe.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec_cafe.distributed.plan_report import PlannedRow, PlanReport
+from torchrec_cafe.distributed.planner import EmbeddingShardingPlanner
 from torchrec_cafe.distributed.statistics import (
     lookahead_statistics,
     pool_statistics,
@@ -18,6 +21,7 @@ from torchrec_cafe.distributed.types import (
 )
 
 __all__ = [
+    "BudgetError",
     "CompressedGroup",
     "CompressedParameterSharding",
     "CompressedTable",
@@ -25,6 +29,8 @@ __all__ = [
     "EmbeddingShardingPlanner",
     "LookaheadTrainPipeline",
     "ParameterConstraints",
+    "PlanReport",
+    "PlannedRow",
     "ShardedCompressedEmbeddingBagCollection",
     "lookahead_statistics",
     "pool_statistics",

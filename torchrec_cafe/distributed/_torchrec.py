@@ -29,8 +29,14 @@ from torchrec.distributed.embedding_sharding import (
 )
 from torchrec.distributed.embedding_types import GroupedEmbeddingConfig, ShardedEmbeddingTable
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.planner.enumerators import get_partition_by_type
+from torchrec.distributed.planner.estimator import HardwarePerfConfig, ShardPerfContext
+from torchrec.distributed.planner.estimator.estimator import (
+    get_embedding_perf_sharding_evaluator,
+)
 from torchrec.distributed.planner.types import ParameterConstraints as TorchRecConstraints
 from torchrec.distributed.planner.types import Topology
+from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_name
 from torchrec.distributed.sharding.dp_sharding import (
     DpPooledEmbeddingSharding,
     DpSparseFeaturesDist,
@@ -82,15 +88,19 @@ __all__ = [
     "TwRwSparseFeaturesDist",
     "TwSparseFeaturesDist",
     "cut_by_boundaries",
+    "default_backward_compute",
+    "default_forward_compute",
     "kernels_of",
     "kernels_of_lookup",
     "lookups_of",
     "mark_trained_in_backward",
+    "partition_by",
     "pool_means_once",
     "present_tables",
     "ranks_of_a_host",
     "receive_input",
     "set_row_boundaries",
+    "sharder_data_of",
     "sharded_tensor",
     "staggered",
 ]
@@ -158,6 +168,16 @@ def receive_input(
     return ids
 
 
+def partition_by(sharding_type: str) -> str:
+    """What a planner's partitioner places as one: a device, a host, or all."""
+    return get_partition_by_type(sharding_type)
+
+
+def sharder_data_of(sharder: Any) -> Any:
+    """What estimators of TorchRec's planner are told of a sharder."""
+    return build_sharder_data_map({sharder_name(sharder.module_type): sharder})
+
+
 def ranks_of_a_host(topology: Topology) -> int:
     """Ranks that table-row-wise tables are spread over; a domain of NVLink, since TorchRec 1.8."""
     return getattr(topology, "intra_group_size", topology.local_world_size)
@@ -223,3 +243,15 @@ def staggered(
     """Send each part to its rank, as a table-row-wise input dist of TorchRec does."""
     order: Any = input_dist._sf_staggered_shuffle_tensor
     return input_dist._dist(parts.permute(input_dist._sf_staggered_shuffle, order))
+
+
+def default_forward_compute(ctx: ShardPerfContext, config: HardwarePerfConfig) -> float:
+    """TorchRec's estimate of a shard's forward pass, whatever the configuration overrides."""
+    evaluator = get_embedding_perf_sharding_evaluator(ctx.sharding_type, ctx.is_inference)
+    return evaluator._default_fwd_comp(ctx, config)
+
+
+def default_backward_compute(ctx: ShardPerfContext, config: HardwarePerfConfig) -> float:
+    """TorchRec's estimate of a shard's backward pass, whatever the configuration overrides."""
+    evaluator = get_embedding_perf_sharding_evaluator(ctx.sharding_type, ctx.is_inference)
+    return evaluator._default_bwd_comp(ctx, config)

@@ -1,18 +1,23 @@
-"""The sharding plan with compressed tables: constraints and planner."""
+"""The sharding plan with tables that have a kind: TorchRec's planner, told what they cost."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
+from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner as TorchRecPlanner
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.types import PlannerError, ShardingOption
 from torchrec.distributed.types import (
     EmbeddingModuleShardingPlan,
     ModuleSharder,
@@ -20,59 +25,60 @@ from torchrec.distributed.types import (
     ShardingPlan,
     ShardingType,
 )
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_cafe.config import Lookahead, MemRec, TableKind, TableShape, item_bytes
-from torchrec_cafe.distributed._torchrec import TorchRecConstraints, ranks_of_a_host
+from torchrec_cafe.config import Auto
+from torchrec_cafe.distributed._torchrec import TorchRecConstraints
+from torchrec_cafe.distributed.budget_mode import BudgetMode, Choice
+from torchrec_cafe.distributed.constraints import ParameterConstraints
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
-from torchrec_cafe.distributed.optimizers import check_optimizer
+from torchrec_cafe.distributed.estimators import (
+    KindPerfConfig,
+    KindStorageEstimator,
+    planned_costs,
+)
+from torchrec_cafe.distributed.grouping import (
+    Groups,
+    collections_of,
+    group_tables,
+    ranks_of_a_table,
+    table_shape,
+)
+from torchrec_cafe.distributed.optimizers import optimizer_state
+from torchrec_cafe.distributed.plan_report import PlanReport
+from torchrec_cafe.distributed.planned_bytes import PlannedTable, plan_table
+from torchrec_cafe.distributed.report_rows import make_report
 from torchrec_cafe.distributed.types import (
     CompressedGroup,
     CompressedParameterSharding,
     CompressedTable,
-    physical_kernel,
-    sharding_types,
 )
 
+logger = logging.getLogger(__name__)
 
-@dataclasses.dataclass
-class ParameterConstraints(TorchRecConstraints):
-    """TorchRec's constraints of a table, and how the table is kept.
-
-    Attributes:
-        table: a :class:`torchrec_cafe.Cafe` or another kind; ``None`` leaves the table to
-            TorchRec, as ever.
-    """
-
-    table: TableKind | None = None
-
-    def __hash__(self) -> int:
-        """TorchRec hashes constraints to recognise a plan's inputs."""
-        return hash((super().__hash__(), self.table))
+# A choice that fits all memory together may not fit rank by rank; then less is used, and again.
+_ATTEMPTS = 12
+_SHRINK = 0.94
 
 
 class _PlanningSharder(EmbeddingBagCollectionSharder):
-    """The user's sharder as the planner should see it: compressed tables at their size."""
+    """The user's sharder as the planner should see it: tables with a kind at their size."""
 
     def __init__(
         self,
         sharder: EmbeddingBagCollectionSharder,
-        groups: dict[int, dict[str, CompressedGroup]],
-        compute_device: str,
+        groups: Groups,
+        planned: Mapping[str, PlannedTable],
     ) -> None:
         super().__init__(sharder.fused_params, sharder.qcomm_codecs_registry)
-        self._sharder = sharder
         self._groups = groups
-        self._compute_device = compute_device
+        self._planned = planned
 
     def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
         parameters = super().shardable_parameters(module)
-        for name, group in self._groups.get(id(module), {}).items():
+        for name in self._groups.get(id(module), {}):
             old = parameters[name]
-            rows = planned_rows(
-                group, name, old.shape[1] * old.element_size(), self._compute_device
-            )
+            rows = sum(self._planned[name].rows)
             weight = torch.empty((rows, old.shape[1]), dtype=old.dtype, device="meta")
             parameters[name] = nn.Parameter(weight)
         return parameters
@@ -84,78 +90,75 @@ class _PlanningSharder(EmbeddingBagCollectionSharder):
         return types + sorted(needed - set(types))
 
 
-def planned_rows(
-    group: CompressedGroup, name: str, row_bytes: int, compute_device: str = "cpu"
-) -> int:
-    """Rows of a fused table that takes as many bytes as the table and its part of the pool.
-
-    Rows of the pool, sketch, maps and weights are divided between the tables in proportion to their
-    ids, so that the estimates of a group add up to its cost; of a pool that stays on one rank, all
-    is the first table's.
-
-    Args:
-        group: the table's group.
-        name: of the table.
-        row_bytes: bytes of a row.
-        compute_device: ``"cpu"`` or ``"cuda"``; look-ahead tables take the memory of a GPU for
-            their slots only.
-    """
-    table = group.table(name)
-    if group.looks_ahead:
-        share = table.num_ids / sum(other.num_ids for other in group.tables)
-        slots = max(1, round(group.resident_bytes * share / row_bytes))
-        in_file = isinstance(group.kind, Lookahead) and group.kind.path is not None
-        return slots if compute_device != "cpu" or in_file else slots + table.num_ids
-    shared = sum(other.shared_rows for other in group.tables)
-    besides = group.resident_bytes / row_bytes - shared
-    if group.stays_together:  # the first table stands for all, which follow it to its rank
-        return max(1, round(shared + besides)) if table == group.tables[0] else 1
-    tracked = [t for t in group.tables if t.index >= 0]
-    if table.index < 0 or not tracked:
-        return table.shared_rows
-    share = table.num_ids / sum(t.num_ids for t in tracked)
-    return max(1, table.shared_rows + round(besides * share))
-
-
 class EmbeddingShardingPlanner(TorchRecPlanner):
-    """Drop-in for TorchRec's planner that knows compressed tables.
+    """Drop-in for TorchRec's planner that knows tables with a kind, and can choose kinds.
 
     Every argument keeps TorchRec's meaning; tables without ``table=`` are planned by TorchRec,
-    unchanged. Compressed tables are estimated at their compressed size. The caller's objects are
-    not modified.
+    unchanged, unless ``auto`` is given. Tables with a kind are estimated at the bytes that they
+    take on each rank, optimizer state included. The caller's objects are not modified. An
+    ``enumerator`` of one's own keeps its estimators: they see a fused table of as many bytes.
 
     Args:
         args: TorchRec's arguments; ``constraints`` may hold :class:`ParameterConstraints`.
-        kwargs: the same, by name.
+        auto: how tables without a kind may be kept; the planner chooses so that all fits the
+            topology's memory, with the least estimated time and accuracy risk. ``None``: as plain
+            tables.
+        kwargs: TorchRec's arguments by name.
+
+    Attributes:
+        report: what the last plan of this process decides for each table; ``None`` before, and for
+            plans without kinds. It is logged as well.
 
     Raises:
-        ValueError: if a compressed table is constrained to what it cannot do.
+        ValueError: if a table with a kind is constrained to what it cannot do.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, auto: Auto | None = None, **kwargs: Any) -> None:
         """Check the constraints; see the class."""
         arguments = (
             inspect.signature(TorchRecPlanner.__init__).bind(self, *args, **kwargs).arguments
         )
-        constraints: dict[str, Any] | None = arguments.get("constraints")
-        self._kinds: dict[str, TableKind] = {}
-        self._sharding_types: dict[str, str] = {}
-        adapted: dict[str, TorchRecConstraints] = {}
-        for name, constraint in (constraints or {}).items():
-            adapted[name] = constraint
-            if isinstance(constraint, ParameterConstraints) and constraint.table is not None:
-                _check_constraint(name, constraint)
-                self._kinds[name] = constraint.table
-                self._sharding_types[name] = _sharding_type(constraint)
-                adapted[name] = dataclasses.replace(
-                    constraint,
-                    sharding_types=[self._sharding_types[name]],
-                    compute_kernels=[physical_kernel(self._sharding_types[name])],
-                )
+        self._given: dict[str, TorchRecConstraints] = dict(arguments.get("constraints") or {})
+        self._auto = auto
+        for name, constraint in self._with_kind(self._given).items():
+            constraint.check(name)
         # Enumerator and estimators keep a reference to this dictionary, which is ours.
-        self._adapted = adapted
+        self._adapted: dict[str, Any] = dict(self._given)
+        self._best: list[ShardingOption] = []
+        self.report: PlanReport | None = None
         arguments = {name: value for name, value in arguments.items() if name != "self"}
-        super().__init__(**(arguments | {"constraints": adapted}))
+        callbacks = [*(arguments.get("callbacks") or []), self._note]
+        super().__init__(**(arguments | {"constraints": self._adapted, "callbacks": callbacks}))
+        self._perf_config = KindPerfConfig({})
+        self._storage_estimator = KindStorageEstimator(self._topology, self._adapted)
+        if arguments.get("enumerator") is None and self._knows_kinds:
+            perf = EmbeddingPerfEstimatorFactory.create_with_config(
+                self._perf_config, topology=self._topology, constraints=self._adapted
+            )
+            self._enumerator = EmbeddingEnumerator(
+                topology=self._topology,
+                batch_size=self._batch_size,
+                constraints=self._adapted,
+                estimator=[perf, self._storage_estimator],
+            )
+
+    @property
+    def _knows_kinds(self) -> bool:
+        return self._auto is not None or bool(self._with_kind(self._given))
+
+    @staticmethod
+    def _with_kind(
+        constraints: Mapping[str, TorchRecConstraints],
+    ) -> dict[str, ParameterConstraints]:
+        return {
+            name: constraint
+            for name, constraint in constraints.items()
+            if isinstance(constraint, ParameterConstraints) and constraint.table is not None
+        }
+
+    def _note(self, best_plan: list[ShardingOption]) -> list[ShardingOption]:
+        self._best = best_plan
+        return best_plan
 
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> ShardingPlan:
         """Plan on one process; :meth:`collective_plan` broadcasts rank 0's plan.
@@ -163,24 +166,126 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         Args:
             module: the model.
             sharders: must hold an :class:`EmbeddingBagCollectionSharder` of this package if a
-                table is compressed.
+                table has a kind or may get one.
 
         Raises:
-            ValueError: naming the table, if a compressed table is unknown, has no sharder that
+            ValueError: naming the table, if a table with a kind is unknown, has no sharder that
                 can compress it, or has no row left.
+            BudgetError: if ``auto`` finds nothing that fits; says what is missing.
+            PlannerError: as TorchRec's.
         """
-        if not self._kinds:
+        if not self._knows_kinds:
             return super().plan(module, sharders)
-        groups = self._group_tables(module, sharders)
-        planned = super().plan(module, self._planning_sharders(module, sharders, groups))
-        collections = {path: groups[id(child)] for path, child in _collections(module)}
-        for path, module_plan in planned.plan.items():
-            tables = cast(EmbeddingModuleShardingPlan, module_plan)
-            for name, group in collections.get(path, {}).items():
-                # Where a pool stays together, its tables follow the first.
-                first = tables[group.tables[0].name] if group.stays_together else tables[name]
-                tables[name] = _compressed_sharding(name, group, tables[name], first)
+        if self._auto is None:
+            return self._plan(module, sharders, None)
+        return self._plan_in_budget(module, sharders, self._auto)
+
+    def _plan_in_budget(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], auto: Auto
+    ) -> ShardingPlan:
+        if asked := self._with_kind(self._given):  # refuse before anything takes long
+            group_tables(module, sharders, asked, self._topology)
+        mode = BudgetMode(auto, self._topology, self._given, self._batch_size)
+        mode.enumerate(module, sharders)
+        left = self._storage_reservation.reserve(
+            topology=self._topology,
+            batch_size=self._batch_size,
+            module=module,
+            sharders=cast(Any, sharders),
+            constraints=cast(Any, self._given),
+        ).devices
+        on_cpu = self._topology.compute_device == "cpu"
+        device = [d.storage.ddr if on_cpu else d.storage.hbm for d in left]
+        host = 0 if on_cpu else sum(d.storage.ddr for d in left)
+        taken_device, taken_host = self._taken(module, sharders)
+        share = 1.0
+        for attempt in range(_ATTEMPTS):
+            budget = round(sum(device) * share) - taken_device
+            choice = mode.choose(budget, round(host * share) - taken_host, min(device))
+            try:
+                return self._plan(module, sharders, choice)
+            except PlannerError as error:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                logger.info("a plan for %.0f %% of the memory fails: %s", 100 * share, error)
+            share *= _SHRINK
+        raise AssertionError  # the last attempt has raised
+
+    def _taken(
+        self, module: nn.Module, sharders: Sequence[ModuleSharder[nn.Module]]
+    ) -> tuple[int, int]:
+        """Bytes of devices and hosts that tables take whose kind is given."""
+        asked = self._with_kind(self._given)
+        if not asked:
+            return 0, 0
+        groups = group_tables(module, sharders, asked, self._topology)
+        planned = self._planned_tables(module, sharders, groups).values()
+        return sum(sum(t.device) for t in planned), sum(sum(t.host) for t in planned)
+
+    def _plan(
+        self,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]],
+        choice: Choice | None,
+    ) -> ShardingPlan:
+        constraints = self._given | (choice.constraints if choice else {})
+        kinds = self._with_kind(constraints)
+        groups: Groups = {}
+        if kinds:
+            groups = group_tables(module, sharders, kinds, self._topology)
+        planned = self._planned_tables(module, sharders, groups)
+        self._storage_estimator.tables = planned
+        self._perf_config.costs = planned_costs(planned.items())
+        self._adapted.clear()
+        self._adapted |= constraints
+        self._adapted |= {name: constraint.physical() for name, constraint in kinds.items()}
+        self._keep_others_as_they_are(module, kinds)
+        told: list[Any] = [
+            _PlanningSharder(sharder, groups, planned)
+            if isinstance(sharder, EmbeddingBagCollectionSharder)
+            else sharder
+            for sharder in sharders
+        ]
+        plan = super().plan(module, told)
+        _compress(module, plan, groups)
+        self.report = make_report(module, self._best, groups, planned, self._topology, choice)
+        logger.info("how tables are kept:\n%s", self.report)
+        return plan
+
+    def _planned_tables(
+        self, module: nn.Module, sharders: Sequence[ModuleSharder[nn.Module]], groups: Groups
+    ) -> dict[str, PlannedTable]:
+        ours = next((s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder)), None)
+        planned: dict[str, PlannedTable] = {}
+        for _, collection in collections_of(module):
+            for config in collection.embedding_bag_configs():
+                group = groups.get(id(collection), {}).get(config.name)
+                if group is None or ours is None:
+                    continue
+                bag: nn.Module = collection.embedding_bags[config.name]
+                planned[config.name] = plan_table(
+                    group,
+                    config.name,
+                    ranks_of_a_table(group.sharding_type, self._topology),
+                    row_bytes=table_shape(config).row_bytes,
+                    state=optimizer_state(bag, ours.fused_params, config.embedding_dim),
+                    on_cpu=self._topology.compute_device == "cpu",
+                )
         return planned
+
+    def _keep_others_as_they_are(
+        self, module: nn.Module, kinds: Mapping[str, ParameterConstraints]
+    ) -> None:
+        """What the planning sharder offers besides TorchRec's is for tables with a kind only."""
+        types = EmbeddingBagCollectionSharder().sharding_types(self._topology.compute_device)
+        types = [t for t in types if t != ShardingType.GRID_SHARD.value]
+        for _, collection in collections_of(module):
+            for config in collection.embedding_bag_configs():
+                constraint = self._adapted.get(config.name, TorchRecConstraints())
+                if config.name not in kinds and not constraint.sharding_types:
+                    self._adapted[config.name] = dataclasses.replace(
+                        constraint, sharding_types=types
+                    )
 
     def collective_plan(
         self,
@@ -190,176 +295,44 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
     ) -> ShardingPlan:
         """Plan on rank 0 and broadcast; as TorchRec's, with our sharder as the default.
 
+        A refusal is raised on every rank; all ranks have the :attr:`report`.
+
         Args:
             module: the model.
             sharders: as in :meth:`plan`.
             pg: process group of the plan.
         """
-        if self._kinds:
-            if sharders is None:
-                ours: Any = EmbeddingBagCollectionSharder()
-                sharders = [ours]
-            # A refusal has to reach every rank: the others would wait for rank 0's plan forever.
-            self._group_tables(module, sharders)
-        return super().collective_plan(module, sharders, pg)
+        if not self._knows_kinds:
+            return super().collective_plan(module, sharders, pg)
+        if sharders is None:
+            ours: Any = EmbeddingBagCollectionSharder()
+            sharders = [ours]
+        group = pg or dist.group.WORLD
+        assert group is not None, "init_process_group() must be called before collective_plan()"
+        outcome = invoke_on_rank_and_broadcast_result(group, 0, self._attempt, module, sharders)
+        if isinstance(outcome, Exception):
+            # The other ranks would wait for rank 0's plan forever.
+            raise outcome
+        plan, self.report = outcome
+        return plan
 
-    def _group_tables(
-        self, module: nn.Module, sharders: Sequence[ModuleSharder[nn.Module]]
-    ) -> dict[int, dict[str, CompressedGroup]]:
-        """The group of each compressed table, by collection (``id``) and table."""
-        ours = [s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder)]
-        if not ours:
-            raise ValueError(
-                f"tables {sorted(self._kinds)} are compressed, so `sharders` must hold a "
-                "torchrec_cafe.EmbeddingBagCollectionSharder, got "
-                f"{[type(sharder).__name__ for sharder in sharders]}"
-            )
-        groups: dict[int, dict[str, CompressedGroup]] = {}
-        found: set[str] = set()
-        for _, collection in _collections(module):
-            grouped = self._group_collection(collection)
-            for name, group in grouped.items():
-                if group.sharding_type == ShardingType.DATA_PARALLEL.value:
-                    continue  # the dense optimizer trains it
-                check_optimizer(
-                    name,
-                    collection.embedding_bags[name],
-                    ours[0].fused_params,
-                    self._topology.compute_device,
-                )
-            groups[id(collection)] = grouped
-            found |= grouped.keys()
-        unknown = sorted(self._kinds.keys() - found)
-        if unknown:
-            raise ValueError(
-                f"constraints compress tables {unknown}, which no EmbeddingBagCollection of the "
-                "model has; check the names"
-            )
-        return groups
-
-    def _group_collection(self, collection: EmbeddingBagCollection) -> dict[str, CompressedGroup]:
-        members: dict[tuple[Any, ...], list[EmbeddingBagConfig]] = {}
-        for config in collection.embedding_bag_configs():
-            kind = self._kinds.get(config.name)
-            if kind is not None:
-                _check_device(config.name, kind, self._topology.compute_device)
-                _check_pooling(config, kind, is_weighted=collection.is_weighted())
-                key = (
-                    kind,
-                    self._sharding_types[config.name],
-                    config.embedding_dim,
-                    config.data_type,
-                    config.pooling,
-                )
-                members.setdefault(key, []).append(config)
-        result: dict[str, CompressedGroup] = {}
-        for number, ((kind, sharding_type, *_), configs) in enumerate(members.items()):
-            shapes = [
-                TableShape(
-                    name=config.name,
-                    num_embeddings=config.num_embeddings,
-                    embedding_dim=config.embedding_dim,
-                    item_bytes=item_bytes(config.data_type),
-                )
-                for config in configs
-            ]
-            group = CompressedGroup.from_allocation(
-                f"{type(kind).__name__.lower()}_pool_{number}",
-                kind,
-                sharding_type,
-                {config.name: config.num_embeddings for config in configs},
-                kind.allocate(shapes),
-            )
-            if group.has_pool and group.gives_parts:
-                group.shard_bounds(self._ranks_of_a_table(sharding_type))  # refuse too many now
-            result |= {config.name: group for config in configs}
-        return result
-
-    def _ranks_of_a_table(self, sharding_type: str) -> int:
-        if sharding_type == ShardingType.TABLE_ROW_WISE.value:
-            return ranks_of_a_host(self._topology)
-        return self._topology.world_size
-
-    def _planning_sharders(
-        self,
-        module: nn.Module,
-        sharders: Sequence[ModuleSharder[nn.Module]],
-        groups: dict[int, dict[str, CompressedGroup]],
-    ) -> list[Any]:
-        for _, collection in _collections(module):
-            for config in collection.embedding_bag_configs():
-                constraint = self._adapted.get(config.name, TorchRecConstraints())
-                if config.name not in self._kinds and not constraint.sharding_types:
-                    # What the planning sharder adds is for compressed tables only.
-                    types = EmbeddingBagCollectionSharder().sharding_types(
-                        self._topology.compute_device
-                    )
-                    types = [t for t in types if t != ShardingType.GRID_SHARD.value]
-                    self._adapted[config.name] = dataclasses.replace(
-                        constraint, sharding_types=types
-                    )
-        return [
-            _PlanningSharder(sharder, groups, self._topology.compute_device)
-            if isinstance(sharder, EmbeddingBagCollectionSharder)
-            else sharder
-            for sharder in sharders
-        ]
+    def _attempt(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
+    ) -> tuple[ShardingPlan, PlanReport | None] | Exception:
+        try:
+            return self.plan(module, sharders), self.report
+        except Exception as error:  # noqa: BLE001  raised on every rank
+            return error
 
 
-def _collections(module: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:
-    return [
-        (path, child)
-        for path, child in module.named_modules()
-        if type(child) is EmbeddingBagCollection
-    ]
-
-
-def _sharding_type(constraint: ParameterConstraints) -> str:
-    """How a compressed table is sharded: the first way that it can be and its constraint allows."""
-    assert constraint.table is not None
-    possible = sharding_types(constraint.table)
-    allowed = constraint.sharding_types or possible
-    return next(sharding_type for sharding_type in possible if sharding_type in allowed)
-
-
-def _check_constraint(name: str, constraint: ParameterConstraints) -> None:
-    assert constraint.table is not None
-    types, possible = constraint.sharding_types, sharding_types(constraint.table)
-    if types is not None and not set(types) & set(possible):
-        raise ValueError(
-            f"table {name!r}: a {type(constraint.table).__name__} table can be sharded "
-            f"{' or '.join(possible)}, got sharding_types={types}; "
-            "leave sharding_types out or leave the table uncompressed"
-        )
-    kernels = constraint.compute_kernels
-    allowed = {
-        physical_kernel(_sharding_type(constraint)),
-        EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value,
-    }
-    if kernels is not None and not set(kernels) & allowed:
-        raise ValueError(
-            f"table {name!r}: the compute kernel of a compressed table is its own, got "
-            f"compute_kernels={kernels}; leave compute_kernels out"
-        )
-
-
-def _check_device(name: str, kind: TableKind, device: str) -> None:
-    if isinstance(kind, Lookahead) and device != "cpu":
-        raise ValueError(
-            f"table {name!r}: Lookahead tables run on the CPU so far, got "
-            f"compute_device={device!r}; use TorchRec's fused_uvm_caching or another kind of table"
-        )
-
-
-def _check_pooling(config: EmbeddingBagConfig, kind: TableKind, *, is_weighted: bool) -> None:
-    if not isinstance(kind, MemRec) or kind.per == "token":
-        return
-    if is_weighted or config.pooling is not PoolingType.SUM:
-        got = "weighted features" if is_weighted else f"pooling={config.pooling}"
-        raise ValueError(
-            f"table {config.name!r}: MemRec(per='sample') must have unweighted features pooled by "
-            f"SUM, got {got}; use MemRec(per='token')"
-        )
+def _compress(module: nn.Module, plan: ShardingPlan, groups: Groups) -> None:
+    """Turn the entries of tables with a kind into theirs."""
+    for path, collection in collections_of(module):
+        tables = cast(EmbeddingModuleShardingPlan, plan.plan.get(path, {}))
+        for name, group in groups.get(id(collection), {}).items():
+            # Where a pool stays together, its tables follow the first.
+            first = tables[group.tables[0].name] if group.stays_together else tables[name]
+            tables[name] = _compressed_sharding(name, group, tables[name], first)
 
 
 def _compressed_sharding(

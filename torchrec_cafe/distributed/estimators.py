@@ -1,0 +1,141 @@
+"""What the planner estimates of tables with a kind: bytes of their groups, time of lookups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner.estimator import (
+    EmbeddingPerfEstimatorConfig,
+    EmbeddingPerfEstimatorFactory,
+    ShardPerfContext,
+    backward_compute,
+    forward_compute,
+)
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import (
+    ParameterConstraints,
+    ShardEstimator,
+    ShardingOption,
+    Storage,
+    Topology,
+)
+from torchrec.distributed.types import ShardingType
+
+from torchrec_cafe.distributed._torchrec import default_backward_compute, default_forward_compute
+from torchrec_cafe.distributed.lookup_cost import LookupCost
+from torchrec_cafe.distributed.planned_bytes import PlannedTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: Name of :class:`KindPerfConfig` in TorchRec's registry of hardware configurations.
+PERF_CONFIG = "torchrec_cafe"
+
+
+class KindPerfConfig(EmbeddingPerfEstimatorConfig):
+    """TorchRec's default estimates, with the lookups of tables that have a kind.
+
+    A table costs what TorchRec estimates for a fused table, times what its kind adds to a lookup.
+    Tables without a kind are estimated as TorchRec does. ``customized_kernel`` has the bandwidth of
+    a fused kernel.
+
+    Attributes:
+        costs: by table, what its lookups cost.
+    """
+
+    name = PERF_CONFIG
+
+    def __init__(self, costs: Mapping[str, LookupCost] | None = None) -> None:
+        """Note the kinds.
+
+        Args:
+            costs: kept by reference: the planner fills it in while it plans.
+        """
+        self.costs: Mapping[str, LookupCost] = {} if costs is None else costs
+
+    @forward_compute
+    def lookup_forward(self, ctx: ShardPerfContext) -> float:
+        """Milliseconds of a shard's lookups."""
+        default = default_forward_compute(ctx, self)
+        cost = self.costs.get(ctx.table_name)
+        return default if cost is None else default * cost.forward(*_row(ctx))
+
+    @backward_compute
+    def lookup_backward(self, ctx: ShardPerfContext) -> float:
+        """Milliseconds of a shard's gradients and updates."""
+        default = default_backward_compute(ctx, self)
+        cost = self.costs.get(ctx.table_name)
+        return default if cost is None else default * cost.backward(*_row(ctx))
+
+    def get_device_bw(self, compute_device: str, compute_kernel: str, *args: Any, **kw: Any) -> Any:
+        """As TorchRec's; our own kernel is as fast as a fused one."""
+        if compute_kernel == EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value:
+            compute_kernel = EmbeddingComputeKernel.FUSED.value
+        return super().get_device_bw(compute_device, compute_kernel, *args, **kw)
+
+
+EmbeddingPerfEstimatorFactory.register(PERF_CONFIG)(KindPerfConfig)
+
+
+def _row(ctx: ShardPerfContext) -> tuple[float, float]:
+    """Bytes of a row, and mean lookups of a bag."""
+    pooling = ctx.batch_inputs / ctx.batch_outputs if ctx.batch_outputs else 1.0
+    return ctx.emb_dim * ctx.table_data_type_size, max(1.0, pooling)
+
+
+class KindStorageEstimator(ShardEstimator):
+    """TorchRec's estimates of storage, with the bytes of tables that have a kind.
+
+    Tables without a kind are estimated as TorchRec does. The others are what TorchRec estimates for
+    a fused table of as many bytes as they take on each rank, and what they keep in host memory
+    besides.
+
+    Args:
+        topology: of the plan.
+        constraints: of the tables.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: dict[str, ParameterConstraints] | None = None,
+    ) -> None:
+        """Start without tables; see the class."""
+        self._torchrec = EmbeddingStorageEstimator(topology=topology, constraints=constraints)
+        #: By name, the tables that have a kind; the planner fills it in while it plans.
+        self.tables: dict[str, PlannedTable] = {}
+
+    def estimate(self, sharding_options: list[ShardingOption], *args: Any, **kwargs: Any) -> None:
+        """Estimate the storage of each shard.
+
+        Args:
+            sharding_options: mutated: storage of the shards, and sizes of those of our tables.
+            args: as TorchRec's.
+            kwargs: as TorchRec's.
+        """
+        ours = [option for option in sharding_options if option.name in self.tables]
+        for option in ours:
+            _set_rows(option, self.tables[option.name])
+        self._torchrec.estimate(sharding_options, *args, **kwargs)
+        for option in ours:
+            for shard, host in zip(option.shards, self.tables[option.name].host, strict=False):
+                assert shard.storage is not None
+                shard.storage += Storage(hbm=0, ddr=host)
+
+
+def _set_rows(option: ShardingOption, table: PlannedTable) -> None:
+    """Cut a table as its bytes are divided between the ranks."""
+    if option.sharding_type == ShardingType.DATA_PARALLEL.value:
+        return
+    first = 0
+    for shard, rows in zip(option.shards, table.rows, strict=False):
+        dim = shard.size[1]
+        shard.size, shard.offset = [rows, dim], [first, 0]
+        first += rows
+
+
+def planned_costs(tables: Iterable[tuple[str, PlannedTable]]) -> dict[str, LookupCost]:
+    """What lookups cost, by table."""
+    return {name: LookupCost.of(table.group.kind) for name, table in tables}
