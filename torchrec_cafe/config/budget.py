@@ -6,12 +6,23 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape, item_bytes
 
 
 class TableKind(ABC):
     """How a table is kept. Kinds are frozen dataclasses: values, safe to share between tables."""
+
+    def __str__(self) -> str:
+        """What differs from the kind's defaults."""
+        fields: Any = getattr(self, "__dataclass_fields__", {})
+        given = [
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}"
+            for name, field in fields.items()
+            if (value := getattr(self, name)) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     @abstractmethod
     def allocate(self, tables: Sequence[TableShape]) -> Allocation:

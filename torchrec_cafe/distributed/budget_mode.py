@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,10 @@ _UVM = (
     EmbeddingComputeKernel.FUSED_UVM.value,
     EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
 )
-# A host's pool of fewer tables than this does not pay: tables of a pool compete for its rows.
+# A pool is for so many tables, if there are hosts for more pools: many tables divide its rows
+# better, and many pools divide the work better. It may take this share of a host.
 _TABLES_OF_A_POOL = 8
+_SHARE_OF_A_HOST = 0.25
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,8 @@ class BudgetMode:
             except BudgetError as failed:
                 error = failed
                 continue
-            return self._choice([of[i] for of, i in zip(options, chosen, strict=True)])
+            of_tables = [of[i] for of, i in zip(options, chosen, strict=True)]
+            return self._choice(of_tables, device_of_a_rank)
         raise self._refusal(error, device_bytes, host_bytes, device_of_a_rank)
 
     def _refusal(
@@ -233,8 +237,8 @@ class BudgetMode:
             error.host_missing,
         )
 
-    def _choice(self, options: list[TableOption]) -> Choice:
-        pools = self._pools(options)
+    def _choice(self, options: list[TableOption], device_of_a_rank: int) -> Choice:
+        pools = self._pools(options, device_of_a_rank)
         constraints, chosen, why = {}, {}, {}
         for (name, config), option, pool, others in zip(
             self._configs(), options, pools, self._options, strict=True
@@ -253,8 +257,9 @@ class BudgetMode:
             chosen[name], why[name] = option, _explain(option, others)
         return Choice(constraints, chosen, why)
 
-    def _pools(self, options: Sequence[TableOption]) -> list[str | None]:
+    def _pools(self, options: Sequence[TableOption], device_of_a_rank: int) -> list[str | None]:
         """Names of pools, which spread the tables of a kind over the hosts."""
+        of_a_host = device_of_a_rank * ranks_of_a_host(self._topology) * _SHARE_OF_A_HOST
         hosts = self._topology.world_size // ranks_of_a_host(self._topology)
         groups: dict[Any, list[int]] = {}
         for number, ((_, config), option) in enumerate(zip(self._configs(), options, strict=True)):
@@ -265,11 +270,14 @@ class BudgetMode:
                 groups.setdefault(key, []).append(number)
         names: list[str | None] = [None] * len(options)
         for members in groups.values():
+            total = sum(options[number].device_bytes for number in members)
             parts = min(hosts, -(-len(members) // _TABLES_OF_A_POOL))
-            # The largest tables go to different pools.
-            members.sort(key=lambda number: -options[number].device_bytes)
-            for position, number in enumerate(members):
-                names[number] = str(position % parts)
+            loads = [0] * max(parts, math.ceil(total / of_a_host))
+            # The largest tables go first, each to the smallest pool.
+            for number in sorted(members, key=lambda number: -options[number].device_bytes):
+                pool = loads.index(min(loads))
+                loads[pool] += options[number].device_bytes
+                names[number] = str(pool)
         return names
 
 
@@ -285,9 +293,10 @@ def _explain(option: TableOption, others: Sequence[TableOption]) -> str:
     )
     if plain is None or option.kind is None and option.compute_kernel not in _UVM:
         return "fits as it is"
-    saved = human_bytes(plain.device_bytes - option.device_bytes)
+    saved = plain.device_bytes - option.device_bytes
     later = option.milliseconds - plain.milliseconds
-    text = f"saves {saved} of device memory, {later:+.2g} ms a step"
+    verb = "saves" if saved >= 0 else "fits a rank, takes"
+    text = f"{verb} {human_bytes(abs(saved))} of device memory, {later:+.2g} ms a step"
     if option.risk is None:
         return f"{text}; nothing is known of its ids"
     if option.risk > 0:

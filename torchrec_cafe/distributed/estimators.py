@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,10 @@ class KindPerfConfig(EmbeddingPerfEstimatorConfig):
         """
         self.costs: Mapping[str, LookupCost] = {} if costs is None else costs
 
+    def __dir__(self) -> list[str]:
+        """The methods that TorchRec has to find: it looks through all names for each estimate."""
+        return _annotated(type(self))
+
     @forward_compute
     def lookup_forward(self, ctx: ShardPerfContext) -> float:
         """Milliseconds of a shard's lookups."""
@@ -77,6 +82,16 @@ class KindPerfConfig(EmbeddingPerfEstimatorConfig):
 
 
 EmbeddingPerfEstimatorFactory.register(PERF_CONFIG)(KindPerfConfig)
+
+
+@functools.cache
+def _annotated(config: type[KindPerfConfig]) -> list[str]:
+    """Names of the methods of a configuration that carry an annotation of TorchRec's."""
+    return [
+        name
+        for name in dir(config)
+        if any(key.startswith("_is_") for key in getattr(getattr(config, name), "__dict__", ()))
+    ]
 
 
 def _row(ctx: ShardPerfContext) -> tuple[float, float]:

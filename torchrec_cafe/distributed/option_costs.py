@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -159,7 +160,10 @@ class OptionCosts:
         device = shard.storage.ddr if on_cpu else shard.storage.hbm
         milliseconds = shard.perf.total * ranks / self._topology.world_size
         plain = min((o.milliseconds for o in before if o.kind is None), default=milliseconds)
-        risk = self._auto.risk(candidate.kind, table_shape(candidate.config))
+        risk = priced = self._auto.risk(candidate.kind, table_shape(candidate.config))
+        if priced is None:  # as if no lookup owned a row, and worse the more are shared
+            compression = table_shape(candidate.config).dense_bytes / (device * ranks)
+            priced = 1.0 + math.log10(max(1.0, compression))
         return TableOption(
             kind=candidate.kind,
             sharding_type=candidate.sharding_type,
@@ -170,5 +174,5 @@ class OptionCosts:
             largest_shard=device,
             milliseconds=milliseconds,
             risk=risk,
-            cost=milliseconds + self._auto.risk_weight * (1.0 if risk is None else risk) * plain,
+            cost=milliseconds + self._auto.risk_weight * plain * priced,
         )

@@ -56,9 +56,11 @@ from torchrec_cafe.distributed.types import (
 
 logger = logging.getLogger(__name__)
 
-# A choice that fits all memory together may not fit rank by rank; then less is used, and again.
+# A choice that fits all memory together may not fit rank by rank; then less is used, in smaller
+# shards, and again.
 _ATTEMPTS = 12
 _SHRINK = 0.94
+_SHRINK_SHARDS = 0.75
 
 
 class _PlanningSharder(EmbeddingBagCollectionSharder):
@@ -201,7 +203,8 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         share = 1.0
         for attempt in range(_ATTEMPTS):
             budget = round(sum(device) * share) - taken_device
-            choice = mode.choose(budget, round(host * share) - taken_host, min(device))
+            of_a_rank = round(min(device) * _SHRINK_SHARDS**attempt)
+            choice = mode.choose(budget, round(host * share) - taken_host, of_a_rank)
             try:
                 return self._plan(module, sharders, choice)
             except PlannerError as error:

@@ -65,7 +65,7 @@ def make_report(
         rows.append(
             PlannedRow(
                 table=option.name,
-                kept=_kept(option) if table is None else repr(table.group.kind),
+                kept=_kept(option) if table is None else str(table.group.kind),
                 sharding_type=option.sharding_type,
                 ranks=ranks[option.name],
                 dense_bytes=_dense_bytes(option, config),
