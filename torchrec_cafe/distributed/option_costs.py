@@ -160,6 +160,9 @@ class OptionCosts:
         device = shard.storage.ddr if on_cpu else shard.storage.hbm
         milliseconds = shard.perf.total * ranks / self._topology.world_size
         plain = min((o.milliseconds for o in before if o.kind is None), default=milliseconds)
+        # TorchRec estimates sharding types by formulas of their own: no kind is to be chosen
+        # because it can be sharded in a way that plain tables cannot.
+        time = milliseconds if candidate.kind is None else max(milliseconds, plain * 1.0001)
         risk = priced = self._auto.risk(candidate.kind, table_shape(candidate.config))
         if priced is None:  # as if no lookup owned a row, and worse the more are shared
             compression = table_shape(candidate.config).dense_bytes / (device * ranks)
@@ -174,5 +177,5 @@ class OptionCosts:
             largest_shard=device,
             milliseconds=milliseconds,
             risk=risk,
-            cost=milliseconds + self._auto.risk_weight * plain * priced,
+            cost=time + self._auto.risk_weight * plain * priced,
         )

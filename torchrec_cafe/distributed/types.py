@@ -51,17 +51,24 @@ class CompressedTable:
     shared_rows: int
     index: int
 
-    def __post_init__(self) -> None:
-        """Check that rows and keys fit 64 bits.
+    def check_hashing(self) -> None:
+        """Check that what the rows of its ids are computed from fits 64 bits.
 
         Raises:
-            ValueError: if they do not.
+            ValueError: if it does not.
         """
         if self.num_ids * self.shared_rows >= 2**63:
             raise ValueError(
                 f"table {self.name!r}: num_embeddings * shared rows must be below 2**63, got "
                 f"{self.num_ids} * {self.shared_rows}; use a higher compression"
             )
+
+    def __post_init__(self) -> None:
+        """Check that keys of the pool fit 64 bits.
+
+        Raises:
+            ValueError: if they do not.
+        """
         if self.index >= 2**15:
             raise ValueError(
                 f"table {self.name!r}: a pool can track at most {2**15} tables; give some tables "
@@ -131,6 +138,9 @@ class CompressedGroup:
             )
             for table, rows in allocation.shared_rows.items()
         )
+        if not isinstance(kind, Lookahead):
+            for table in tables:
+                table.check_hashing()
         return cls(
             name=name,
             kind=kind,
