@@ -14,12 +14,14 @@ LAYERS = {
     "ops": {"ops"},
     "tables": {"config", "ops", "tables"},
     "distributed": {"config", "ops", "tables", "distributed"},
+    "planning": {"config", "distributed", "planning"},
 }
 #: third-party packages that only the given layers may import
 OWNERS = {
-    "torchrec": {"distributed"},
+    "torchrec": {"distributed", "planning"},
+    "torchrec.distributed": {"distributed"},
     "fbgemm_gpu": {"tables", "distributed"},
-    "torch": {"_library", "ops", "tables", "distributed"},
+    "torch": {"_library", "ops", "tables", "distributed", "planning"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_PYTHON = sorted(
@@ -51,8 +53,9 @@ def test_imports_point_up_only(path):
         top, *rest = name.split(".")
         if top == "torchrec_cafe" and layer != "__init__":
             assert rest[0] in LAYERS[layer], f"{layer} imports {name}"
-        if top in OWNERS and layer != "__init__":
-            assert layer in OWNERS[top], f"{layer} imports {name}"
+        for owned, owners in OWNERS.items():
+            if f"{name}.".startswith(f"{owned}.") and layer != "__init__":
+                assert layer in owners, f"{layer} imports {name}"
 
 
 def test_only_the_contact_files_use_private_upstream_names():

@@ -133,7 +133,9 @@ def test_the_smaller_the_budget_the_less_memory_and_the_more_risk():
 
 
 def test_a_budget_that_is_too_small_says_what_is_missing():
-    with pytest.raises(BudgetError, match=r"the tables do not fit: .* are missing at least") as error:
+    with pytest.raises(
+        BudgetError, match=r"the tables do not fit: .* are missing at least"
+    ) as error:
         plan(planner(MIB // 9))
     assert error.value.device_missing > 0
     with pytest.raises(BudgetError, match="max_compression than 10,"):
@@ -242,6 +244,7 @@ def option(cost: float, device: int, host: int = 0) -> TableOption:
         device_bytes=device,
         host_bytes=host,
         largest_shard=device,
+        largest_on_host=host,
         milliseconds=cost,
         risk=0.0,
         cost=cost,

@@ -62,7 +62,9 @@ def _allocated(
     planned = 0
     for name, entry in plan.plan[""].items():
         parts = planner._storage_estimator.tables[name].device  # noqa: SLF001
-        ranks = entry.ranks if len(parts) > 1 or sharding_type == "table_wise" else [dist.get_rank()]
+        ranks = (
+            entry.ranks if len(parts) > 1 or sharding_type == "table_wise" else [dist.get_rank()]
+        )
         planned += sum(
             part for rank, part in zip(ranks, parts, strict=True) if rank == dist.get_rank()
         )
@@ -94,9 +96,7 @@ def _compare(folder: str, sharding_type: str) -> list[tuple[str, str, int, int]]
 def test_estimated_bytes_are_those_allocated(tmp_path: Path, sharding_type: str):
     ranks, hosts = (4, 2) if sharding_type == "table_row_wise" else (2, 1)
     folder = str(tmp_path / "rows")
-    parts = run_ranks(
-        ranks, tmp_path / "ranks", _compare, folder, sharding_type, num_hosts=hosts
-    )
+    parts = run_ranks(ranks, tmp_path / "ranks", _compare, folder, sharding_type, num_hosts=hosts)
     for rank, part in enumerate(parts):
         for name, optimizer, planned, live in part:
             text = f"{name}, {optimizer}, rank {rank}: planned {planned}, allocated {live}"

@@ -117,7 +117,7 @@ def test_planned_bytes_add_up_to_what_is_resident(kind: TableKind, sharding_type
         (
             {"t_big": tc.ParameterConstraints(table=models.CAFE, sharding_types=["column_wise"])},
             2,
-            "table 't_big': a Cafe table can be sharded row_wise or table_wise or table_row_wise, got",
+            "table 't_big': a Cafe table can be sharded row_wise or table_wise or table_row_wise",
         ),
         (
             {"t_big": tc.ParameterConstraints(table=models.CAFE, compute_kernels=["fused_uvm"])},

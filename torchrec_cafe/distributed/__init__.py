@@ -1,5 +1,7 @@
 """Compressed tables in a TorchRec sharding plan."""
 
+from torchrec.distributed.planner.types import PlannerError
+
 from torchrec_cafe.distributed.constraints import ParameterConstraints
 from torchrec_cafe.distributed.embedding_bag import (
     EmbeddingBagCollectionSharder,
@@ -31,6 +33,7 @@ __all__ = [
     "ParameterConstraints",
     "PlanReport",
     "PlannedRow",
+    "PlannerError",
     "ShardedCompressedEmbeddingBagCollection",
     "lookahead_statistics",
     "pool_statistics",

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.constants import POOLING_FACTOR
 from torchrec.distributed.types import CacheParams, ModuleSharder, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -112,7 +113,8 @@ class BudgetMode:
         fields = {f.name for f in dataclasses.fields(ParameterConstraints)}
         values = {k: v for k, v in vars(given).items() if k in fields} if given else {}
         statistics = self._auto.stats.get(config.name)
-        if statistics is not None and not values.get("pooling_factors"):
+        asked = values.get("pooling_factors") or [POOLING_FACTOR]
+        if statistics is not None and set(asked) == {POOLING_FACTOR}:  # TorchRec's default
             values["pooling_factors"] = [statistics.bag_size] * len(config.feature_names)
         return ParameterConstraints(**values)
 
@@ -182,13 +184,13 @@ class BudgetMode:
         allowed = given.sharding_types or possible
         return [t for t in possible if t in useful and t in allowed]
 
-    def choose(self, device_bytes: int, host_bytes: int, device_of_a_rank: int) -> Choice:
+    def choose(self, device_bytes: int, host_bytes: int, of_a_rank: tuple[int, int]) -> Choice:
         """Choose an option for each table.
 
         Args:
             device_bytes: memory of all compute devices that tables may take.
             host_bytes: host memory that they may take.
-            device_of_a_rank: of the compute device of a rank.
+            of_a_rank: memory of the compute device and of the host that a rank has.
 
         Raises:
             BudgetError: if nothing fits, saying what is missing.
@@ -196,7 +198,7 @@ class BudgetMode:
         error: BudgetError | None = None
         for unknown in (False, True):
             options = [
-                [o for o in of_table if _possible(o, device_of_a_rank, unknown=unknown)]
+                [o for o in of_table if _possible(o, of_a_rank, unknown=unknown)]
                 for of_table in self._options
             ]
             if not all(options):
@@ -207,11 +209,15 @@ class BudgetMode:
                 error = failed
                 continue
             of_tables = [of[i] for of, i in zip(options, chosen, strict=True)]
-            return self._choice(of_tables, device_of_a_rank)
-        raise self._refusal(error, device_bytes, host_bytes, device_of_a_rank)
+            return self._choice(of_tables, of_a_rank[0])
+        raise self._refusal(error, device_bytes, host_bytes, of_a_rank)
 
     def _refusal(
-        self, error: BudgetError | None, device_bytes: int, host_bytes: int, of_a_rank: int
+        self,
+        error: BudgetError | None,
+        device_bytes: int,
+        host_bytes: int,
+        of_a_rank: tuple[int, int],
     ) -> BudgetError:
         kinds = [k.__name__ if isinstance(k, type) else repr(k) for k in self._auto.allow]
         advice = (
@@ -226,7 +232,7 @@ class BudgetMode:
             )
             return BudgetError(
                 f"table {name!r} fits no rank in any way that is allowed: each has "
-                f"{human_bytes(of_a_rank)} for tables; it takes {advice}"
+                f"{human_bytes(of_a_rank[0])} for tables; it takes {advice}"
             )
         return BudgetError(
             f"the tables do not fit: besides {human_bytes(device_bytes)} of device memory and "
@@ -281,8 +287,9 @@ class BudgetMode:
         return names
 
 
-def _possible(option: TableOption, of_a_rank: int, *, unknown: bool) -> bool:
-    return option.largest_shard <= of_a_rank and (unknown or option.risk is not None)
+def _possible(option: TableOption, of_a_rank: tuple[int, int], *, unknown: bool) -> bool:
+    fits = option.largest_shard <= of_a_rank[0] and option.largest_on_host <= of_a_rank[1]
+    return fits and (unknown or option.risk is not None)
 
 
 def _explain(option: TableOption, others: Sequence[TableOption]) -> str:

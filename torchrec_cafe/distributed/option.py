@@ -23,6 +23,7 @@ class TableOption:
         device_bytes: memory of compute devices that it takes, over all ranks.
         host_bytes: host memory besides, over all ranks.
         largest_shard: most bytes of a device that a rank needs.
+        largest_on_host: most bytes of host memory that a rank needs besides.
         milliseconds: of a step, estimated, averaged over the ranks.
         risk: share of its lookups whose rows other ids share; ``None``: unknown.
         cost: time and risk together, in milliseconds.
@@ -35,6 +36,7 @@ class TableOption:
     device_bytes: int
     host_bytes: int
     largest_shard: int
+    largest_on_host: int
     milliseconds: float
     risk: float | None
     cost: float

@@ -175,6 +175,7 @@ class OptionCosts:
             device_bytes=device * ranks,
             host_bytes=0 if on_cpu else shard.storage.ddr * ranks,
             largest_shard=device,
+            largest_on_host=0 if on_cpu else shard.storage.ddr,
             milliseconds=milliseconds,
             risk=risk,
             cost=time + self._auto.risk_weight * plain * priced,

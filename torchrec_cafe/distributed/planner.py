@@ -182,6 +182,22 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             return self._plan(module, sharders, None)
         return self._plan_in_budget(module, sharders, self._auto)
 
+    def report_of(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> PlanReport:
+        """Plan, and say what the plan decides, also if no table has a kind.
+
+        Args:
+            module: as for :meth:`plan`.
+            sharders: as for :meth:`plan`.
+
+        Raises:
+            ValueError: as :meth:`plan`.
+            PlannerError: as :meth:`plan`.
+        """
+        self.plan(module, sharders)
+        if self.report is None:
+            self.report = make_report(module, self._best, {}, {}, self._topology, None)
+        return self.report
+
     def _plan_in_budget(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], auto: Auto
     ) -> ShardingPlan:
@@ -198,13 +214,14 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         ).devices
         on_cpu = self._topology.compute_device == "cpu"
         device = [d.storage.ddr if on_cpu else d.storage.hbm for d in left]
-        host = 0 if on_cpu else sum(d.storage.ddr for d in left)
+        host = [0 if on_cpu else d.storage.ddr for d in left]
         taken_device, taken_host = self._taken(module, sharders)
         share = 1.0
         for attempt in range(_ATTEMPTS):
             budget = round(sum(device) * share) - taken_device
-            of_a_rank = round(min(device) * _SHRINK_SHARDS**attempt)
-            choice = mode.choose(budget, round(host * share) - taken_host, of_a_rank)
+            shard = _SHRINK_SHARDS**attempt
+            of_a_rank = round(min(device) * shard), round(min(host) * shard)
+            choice = mode.choose(budget, round(sum(host) * share) - taken_host, of_a_rank)
             try:
                 return self._plan(module, sharders, choice)
             except PlannerError as error:

@@ -1,0 +1,1 @@
+"""Capacity planning from a description of tables, without a GPU, a cluster or a model."""
