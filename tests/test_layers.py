@@ -14,12 +14,17 @@ LAYERS = {
     "ops": {"ops"},
     "tables": {"config", "ops", "tables"},
     "distributed": {"config", "ops", "tables", "distributed"},
+    "profile": {"config", "ops", "profile"},
+    "cli": {"profile"},
 }
 #: third-party packages that only the given layers may import
 OWNERS = {
     "torchrec": {"distributed"},
     "fbgemm_gpu": {"tables", "distributed"},
-    "torch": {"_library", "ops", "tables", "distributed"},
+    "torch": {"_library", "ops", "tables", "distributed", "profile"},
+    "matplotlib": {"profile"},
+    "pyarrow": {"profile"},
+    "yaml": {"profile"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_PYTHON = sorted(

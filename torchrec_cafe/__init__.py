@@ -18,10 +18,13 @@ load_operators(__path__)  # before the modules that register fake kernels
 from torchrec_cafe.config import (  # noqa: E402
     Cafe,
     Hash,
+    IdStatistics,
     Lookahead,
     MemoryBreakdown,
     MemRec,
     QuotientRemainder,
+    load_statistics,
+    save_statistics,
 )
 from torchrec_cafe.distributed import (  # noqa: E402
     EmbeddingBagCollectionSharder,
@@ -40,13 +43,16 @@ __all__ = [
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
     "Hash",
+    "IdStatistics",
     "Lookahead",
     "LookaheadTrainPipeline",
     "MemRec",
     "MemoryBreakdown",
     "ParameterConstraints",
     "QuotientRemainder",
+    "load_statistics",
     "lookahead_statistics",
     "pool_statistics",
     "resident_bytes",
+    "save_statistics",
 ]

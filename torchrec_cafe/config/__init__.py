@@ -6,11 +6,13 @@ from torchrec_cafe.config.hashing import Hash, QuotientRemainder, remainder_rows
 from torchrec_cafe.config.lookahead import Lookahead
 from torchrec_cafe.config.mem_rec import MemRec
 from torchrec_cafe.config.memory import Allocation, MemoryBreakdown, TableShape, item_bytes
+from torchrec_cafe.config.statistics import IdStatistics, load_statistics, save_statistics
 
 __all__ = [
     "Allocation",
     "Cafe",
     "Hash",
+    "IdStatistics",
     "Lookahead",
     "MemRec",
     "MemoryBreakdown",
@@ -18,5 +20,7 @@ __all__ = [
     "TableKind",
     "TableShape",
     "item_bytes",
+    "load_statistics",
     "remainder_rows",
+    "save_statistics",
 ]
