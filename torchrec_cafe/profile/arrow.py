@@ -106,7 +106,9 @@ class ArrowSource:
 
     def _days(self, column: pa.Array, where: str) -> NDArray[np.int64]:
         if column.null_count:
-            raise ValueError(f"{where} must have a value in every row, got {column.null_count} null")
+            raise ValueError(
+                f"{where} must have a value in every row, got {column.null_count} null"
+            )
         kind = column.type
         if pa.types.is_date(kind):
             return column.cast(pa.date32()).cast(pa.int32()).to_numpy().astype(np.int64)
@@ -139,5 +141,3 @@ def _integers(column: Any, where: str) -> NDArray[np.int64]:
     if pa.types.is_uint64(column.type):
         column = column.cast(pa.int64())  # raises beyond 2**63
     return column.to_numpy().astype(np.int64, copy=False)
-
-

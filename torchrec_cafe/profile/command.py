@@ -264,7 +264,9 @@ def _shapes(
     for name, value in _named("--num-embeddings", args.num_embeddings).items():
         number = int(_number("--num-embeddings", value))
         if name != value and name not in largest:
-            raise ValueError(f"--num-embeddings: tables must be among {list(largest)}, got {name!r}")
+            raise ValueError(
+                f"--num-embeddings: tables must be among {list(largest)}, got {name!r}"
+            )
         rows |= dict.fromkeys(largest, number) if name == value else {name: number}
     fields = {name: described.get(name, {}) for name in largest}
     dims = {name: f.get("embedding_dim", args.embedding_dim) for name, f in fields.items()}

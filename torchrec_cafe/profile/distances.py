@@ -5,7 +5,7 @@ last use, up to the moment that its batch is planned: before that batch brings r
 C rows that evicts the least recently used row holds it if the distance is below C (Mattson et al.,
 1970).
 
-Shape legend: A accesses of sampled ids, M sampled ids, B batches of the piece, G groups of last uses.
+Shape legend: A accesses of sampled ids, P places (batches of last uses).
 """
 
 from __future__ import annotations
@@ -92,14 +92,18 @@ class _LastUses:
 
     def _group(self, known: NDArray[np.int64], begin: int, end: int) -> None:
         """Find the groups below and above each place, and how far it is between them."""
-        quantiles = np.linspace(0, max(0, len(known) - 1), _GROUPS).astype(np.int64)
-        older = known[quantiles] if len(known) else known
+        older = known[np.flatnonzero(np.diff(known, prepend=NEVER))]
+        is_exact = len(older) <= _GROUPS
+        if not is_exact:
+            older = known[np.linspace(0, len(known) - 1, _GROUPS).astype(np.int64)]
         edges = np.unique(np.concatenate([self._batches[:1], older, np.arange(begin, end)]))
         self._num_groups = len(edges)
         self._upper = np.searchsorted(edges, self._batches)
         self._lower = np.maximum(self._upper - 1, 0)
         width = np.maximum(edges[self._upper] - edges[self._lower], 1)
-        self._share = ((self._batches - edges[self._lower]) / width).astype(np.float32)
+        share = (self._batches - edges[self._lower]) / width
+        # No row was last used between two batches that both have a group.
+        self._share = (np.floor(share) if is_exact else share).astype(np.float32)
 
     def places(self, batches: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where the arrays have batches; those of no use at all come first."""

@@ -19,7 +19,7 @@ class HotIds:
     short of it by the lookups before the id got its slot for good.
 
     Args:
-        capacity: ids whose counts are to be relied on, >= 1; there are 8 slots of 16 bytes for each.
+        capacity: ids whose counts are to be relied on, >= 1; each takes 8 slots of 16 bytes.
     """
 
     def __init__(self, capacity: int) -> None:

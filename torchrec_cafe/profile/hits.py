@@ -112,8 +112,8 @@ class HitCurves:
     def set_associative(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Hit rates of caches of 32-way sets, each of which evicts its least recently used row.
 
-        Of ``d`` other rows, a Poisson number of mean ``32 d / rows`` lies in the set of a row, which
-        is held if they are less than 32 (Smith, IEEE TSE 1978).
+        Of ``d`` other rows, a Poisson number of mean ``32 d / rows`` lies in the set of a row,
+        which is held if they are less than 32 (Smith, IEEE TSE 1978).
 
         Args:
             rows: float64 ``[C]``, of each cache, >= 32; whole sets are used.
@@ -141,5 +141,3 @@ def poisson_below(limit: int, mean: NDArray[np.float64]) -> NDArray[np.float64]:
         term *= mean / k
         total += term
     return total.clip(0, 1)
-
-

@@ -16,6 +16,9 @@ from torchrec_cafe.profile.report import (
     percent,
 )
 
+# A table with so many times more rows than distinct ids seen is said to be sparse.
+_SPARSE = 20
+
 _CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #1d2230;
@@ -52,8 +55,8 @@ and the hot rows go to the most frequent ids of the others. It is what a sketch 
 mistakes would reach.</p>
 <p><b>Hits</b>: share of the distinct rows of a batch that a cache holds when the batch is planned,
 before it brings rows in. <i>LRU</i> is FBGEMM's cache (32-way sets); <i>ahead</i> is
-<code>Lookahead</code>, whose other rows are on their way, so that nothing waits for them. A dash: it
-is too small for the rows of one batch.</p>
+<code>Lookahead</code>, whose other rows are on their way, so that nothing waits for them. A dash:
+it is too small for the rows of one batch.</p>
 <p><b>Drift a day</b>: of the traffic of a day's hottest ids (1 % of the first day's), the
 part that is lost if the day before's hottest are used instead. A dash: one day was seen.</p>
 """
@@ -164,10 +167,16 @@ def _card(table: TableReport, report: Report) -> str:
         for cost, own in zip(report.costs, table.owning, strict=True)
         if own is not None and own.is_whole
     ]
+    sparse = ""
+    if shape.num_embeddings > _SPARSE * statistics.num_distinct:
+        sparse = (
+            "<p>Most rows are never looked up, so that shares of them say little: map the ids to "
+            "fewer rows, or ask for caches by their rows.</p>"
+        )
     whole_text = f"<p>Whole at {', '.join(whole)}.</p>" if whole else ""
     name = escape(table.name)
     return f"""<section class="card" id="table-{_anchor(table.name)}"><h3>{name}</h3>
 <p class="muted">{" · ".join(facts)}</p>
 <img alt="Coverage and hit rates of {name}" src="{table_plot(table, list(report.costs))}">
-{whole_text}<p class="muted">Look-ahead caches: {caches}</p></section>
+{whole_text}{sparse}<p class="muted">Look-ahead caches: {caches}</p></section>
 """

@@ -78,20 +78,31 @@ def _plot_coverage(axes: Axes, table: TableReport, costs: list[CompressionCost])
     _axes(axes, "Lookups that the most frequent ids take", "ids", 1, rows[-1])
     axes.plot(rows, shares, color=BLUE, linewidth=1.8)
     axes.fill_between(rows, shares, color=BLUE, alpha=0.08, linewidth=0)
-    for owning, cost in zip(table.owning, costs, strict=True):
-        if owning is None or owning.is_whole or owning.rows < 1:
-            continue
-        axes.plot(owning.rows, 100 * owning.share, "o", color=ORANGE, markersize=5)
-        is_high = owning.share > 0.75
+    for rows_owned, share, label in _marks(table, costs):
+        axes.plot(rows_owned, 100 * share, "o", color=ORANGE, markersize=5, clip_on=False)
+        # To the left of an ascending curve there is room, unless the axis is there.
+        is_left = rows_owned < rows[-1] ** 0.2
         axes.annotate(
-            compression_text(cost.compression),
-            (owning.rows, 100 * owning.share),
-            xytext=(5, -9 if is_high else 4) if is_high else (-5, 4),
+            label,
+            (rows_owned, 100 * share),
+            xytext=(7, -3) if is_left else (-7, 0),
             textcoords="offset points",
-            ha="left" if is_high else "right",
+            ha="left" if is_left else "right",
+            va="top" if is_left else "center",
             color=ORANGE,
             fontsize=8,
         )
+
+
+def _marks(table: TableReport, costs: list[CompressionCost]) -> list[tuple[float, float, str]]:
+    """Where compressions lie on the coverage; those at one place share a label."""
+    last = table.statistics.coverage[-1][0]
+    marks: dict[float, tuple[float, list[str]]] = {}
+    for owning, cost in zip(table.owning, costs, strict=True):
+        if owning is not None and owning.rows >= 1:
+            labels = marks.setdefault(min(owning.rows, last), (owning.share, []))[1]
+            labels.append(compression_text(cost.compression))
+    return [(rows, share, ", ".join(labels)) for rows, (share, labels) in marks.items()]
 
 
 def _plot_hits(axes: Axes, table: TableReport) -> None:
@@ -104,12 +115,10 @@ def _plot_hits(axes: Axes, table: TableReport) -> None:
     for cache in table.caches:
         if cache.lookahead is not None:
             axes.plot(cache.rows, 100 * cache.lookahead, "o", color=GREEN, markersize=4)
-    axes.legend(loc="upper left", fontsize=8, handlelength=1.4)
+    axes.legend(loc="best", fontsize=8, handlelength=1.4)
 
 
-def _plot_curve(
-    axes: Axes, statistics: IdStatistics, name: str, color: str, label: str
-) -> None:
+def _plot_curve(axes: Axes, statistics: IdStatistics, name: str, color: str, label: str) -> None:
     curve = getattr(statistics, name)
     rows = [point[0] for point in curve]
     axes.plot(rows, [100 * point[1] for point in curve], color=color, linewidth=1.8, label=label)

@@ -79,7 +79,9 @@ class Columns:
         """
         for column in (*self.tables, *([self.when] if self.when else [])):
             if column not in available:
-                raise ValueError(f"{where}: columns must be among {list(available)}, got {column!r}")
+                raise ValueError(
+                    f"{where}: columns must be among {list(available)}, got {column!r}"
+                )
         chosen = list(self.tables) or [column for column in usable if column != self.when]
         if not chosen:
             raise ValueError(
