@@ -140,7 +140,8 @@ def curves_of(batches, capacity, depth=4):
     for begin in range(0, len(batches), 100):
         part = batches[begin : begin + 100]
         runs = runs_of(part, begin)
-        curves.add(sample.add(runs), len(runs.hashes), begin, begin + len(part))
+        rows = np.bincount(runs.batches - begin, minlength=len(part))
+        curves.add(sample.add(runs), rows, begin)
         sample.shrink()
     return curves
 

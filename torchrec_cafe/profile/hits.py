@@ -30,42 +30,56 @@ class HitCurves:
     def __init__(self, depth: int, seed: int) -> None:
         """Nothing seen yet; see the class."""
         self._random = np.random.default_rng(seed)
-        self._weights = np.zeros(_NUM_BINS)
-        self._gaps = np.zeros(depth + 2)  # by batches since the last use, 0 unused
+        self._depth = depth
+        self._distances = np.zeros(_NUM_BINS)
+        self._ahead = np.zeros(_NUM_BINS)  # by the slots that hold the row of an access
         self._sampled = 0.0  # accesses, first uses among them
-        self._num_batches = 0
         self.num_accesses = 0
 
-    def add(self, accesses: SampledAccesses, num_accesses: int, begin: int, end: int) -> None:
+    def add(self, accesses: SampledAccesses, batch_rows: NDArray[np.int64], begin: int) -> None:
         """Learn a piece of the trace.
 
         Args:
             accesses: of its sampled ids.
-            num_accesses: of all ids: distinct rows of the batches, added up.
+            batch_rows: int64 ``[B]``, distinct rows of each batch of the piece, of all ids.
             begin: its first batch.
-            end: the batch after its last.
         """
-        rows = stack_distances(accesses, begin, end, self._random) / accesses.rate
-        bins = (np.log2(rows + 1) * _BINS_PER_OCTAVE).astype(np.int64)
-        counts = np.bincount(np.minimum(bins, _NUM_BINS - 1), minlength=_NUM_BINS)
-        self._weights += counts / accesses.rate
-        gaps = (accesses.batches - accesses.previous)[accesses.previous != NEVER]
-        gaps = gaps[gaps < len(self._gaps)]
-        self._gaps += np.bincount(gaps, minlength=len(self._gaps)) / accesses.rate
-        self._sampled += len(accesses.batches) / accesses.rate
-        self._num_batches += end - begin
-        self.num_accesses += num_accesses
+        rate, end = accesses.rate, begin + len(batch_rows)
+        distances = stack_distances(accesses, begin, end, self._random) / rate
+        self._distances += _binned(distances) / rate
+        again = accesses.previous != NEVER
+        batches = accesses.batches[again] - begin
+        gaps = batches + begin - accesses.previous[again]
+        # Half of those a batch later: the old batch may be let go of before or after the new one
+        # is announced.
+        is_late = (gaps == self._depth + 1) & (self._random.random(len(gaps)) < 0.5)
+        soon = np.flatnonzero((gaps <= self._depth) | is_late)
+        room = _room_for_waiting(batches, gaps, batch_rows, rate, self._depth + 1)
+        slots = distances.copy()
+        slots[soon] = np.minimum(distances[soon], room[gaps[soon], batches[soon]])
+        self._ahead += _binned(slots) / rate
+        self._sampled += len(accesses.batches) / rate
+        self.num_accesses += int(batch_rows.sum())
 
-    def _histogram(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Distances and the share of all accesses that have them.
+    def _histogram(
+        self, weights: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Rows of the bins and the share of all accesses in them.
 
         What the sample has too few or too many of are rows so hot that they hit in every cache:
         the difference goes to the smallest distance (SHARDS-adj).
         """
         edges = 2 ** (np.arange(_NUM_BINS + 1) / _BINS_PER_OCTAVE) - 1
-        weights = self._weights.copy()
+        weights = weights.copy()
         weights[0] += self.num_accesses - self._sampled
         return (edges[:-1] + edges[1:]) / 2, weights / max(1, self.num_accesses)
+
+    def _below(
+        self, weights: NDArray[np.float64], rows: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        needed, shares = self._histogram(weights)
+        hits = np.append(0.0, np.cumsum(shares))
+        return hits[np.searchsorted(needed, rows)].clip(0, 1)
 
     def fully_associative(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Hit rates of caches that evict the least recently used of all rows.
@@ -76,19 +90,15 @@ class HitCurves:
         Returns:
             float64 ``[C]``, in [0, 1].
         """
-        distances, weights = self._histogram()
-        hits = np.append(0.0, np.cumsum(weights))
-        return hits[np.searchsorted(distances, rows)].clip(0, 1)
+        return self._below(self._distances, rows)
 
     def look_ahead(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Hit rates of a look-ahead cache: least recently used of the rows that nobody needs.
 
         With slots for the coming ``depth + 1`` batches it is the fully associative cache. With
         fewer, plans wait for slots, and rows that an announced batch needs stay although others
-        were used later. Those are the rows used again within ``depth`` batches (and half of those
-        in the batch after: the older batch is let go of before or after the new one is announced),
-        or within fewer if there is no room for them: rows used again t batches later take slots for
-        t - 1 batches that do not need them (Little's law).
+        were used later: those used again within ``depth`` batches, if there is room for them beside
+        the batches in between and all others that are used again as soon.
 
         Args:
             rows: float64 ``[C]``, slots; at least the distinct rows of the largest batch.
@@ -96,18 +106,7 @@ class HitCurves:
         Returns:
             float64 ``[C]``, in [0, 1].
         """
-        shares = self._gaps / max(1, self.num_accesses)
-        if len(shares) > 1:
-            # Too few or too many sampled rows: of those so hot that all batches have them.
-            shares[1] += 1 - self._sampled / max(1, self.num_accesses)
-        batches = rows * self._num_batches / max(1, self.num_accesses)
-        gaps = np.arange(len(shares))
-        reserved = np.cumsum(shares * np.maximum(gaps - 1, 0))
-        held = np.cumsum(shares)
-        depth = len(shares) - 2
-        window = np.interp(batches - 1, reserved, gaps)
-        needed_soon = np.interp(np.minimum(window, depth + 0.5), gaps, held)
-        return np.maximum(self.fully_associative(rows), needed_soon).clip(0, 1)
+        return self._below(self._ahead, rows)
 
     def set_associative(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Hit rates of caches of 32-way sets, each of which evicts its least recently used row.
@@ -121,11 +120,53 @@ class HitCurves:
         Returns:
             float64 ``[C]``, in [0, 1].
         """
-        distances, weights = self._histogram()
+        distances, weights = self._histogram(self._distances)
         used = weights != 0
         sets = np.maximum(rows // FBGEMM_WAYS, 1)
         held = poisson_below(FBGEMM_WAYS, distances[used] / sets[:, None])
         return (held @ weights[used]).clip(0, 1)
+
+
+def _binned(rows: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How many of them lie in each bin."""
+    bins = (np.log2(rows + 1) * _BINS_PER_OCTAVE).astype(np.int64)
+    return np.bincount(np.minimum(bins, _NUM_BINS - 1), minlength=_NUM_BINS)
+
+
+def _room_for_waiting(
+    batches: NDArray[np.int64],
+    gaps: NDArray[np.int64],
+    batch_rows: NDArray[np.int64],
+    rate: float,
+    longest: int,
+) -> NDArray[np.float64]:
+    """Slots that hold, beside each batch, all rows that are used again within some batches.
+
+    Args:
+        batches: int64 ``[A]``, of each access, from 0 for the piece's first.
+        gaps: int64 ``[A]``, > 0, batches since the row's use before.
+        batch_rows: int64 ``[B]``, distinct rows of each batch.
+        rate: share of the ids that the accesses are of.
+        longest: gap to look at.
+
+    Returns:
+        float64 ``[longest + 1, B]``, by gap and batch of the later use: the most slots in use by
+        the batches between the uses and the rows that wait for a use at most ``gap`` after the one
+        before. What waited before the piece is left out.
+    """
+    size = len(batch_rows)
+    used = batch_rows.astype(np.float64)
+    room = np.zeros((longest + 1, size))
+    for gap in range(2, longest + 1):
+        # Rows wait in the batches between their uses: from -gap + 1 to -1.
+        later = batches[gaps == gap]
+        steps = np.bincount(np.maximum(later - gap + 1, 0), minlength=size + 1)
+        steps = steps - np.bincount(later, minlength=size + 1)
+        used += np.cumsum(steps)[:size] / rate
+        for back in range(1, gap):
+            between = used[np.maximum(np.arange(size) - back, 0)]
+            room[gap] = np.maximum(room[gap], between)
+    return room
 
 
 def poisson_below(limit: int, mean: NDArray[np.float64]) -> NDArray[np.float64]:

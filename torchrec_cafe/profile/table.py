@@ -108,13 +108,13 @@ class TableProfile:
         keys.sort()
         runs = _runs(keys, begin)
         accesses = self._sample.add(runs)
-        self._curves.add(accesses, len(runs.hashes), begin, end)
+        batch_rows = np.bincount(runs.batches - begin, minlength=end - begin)
+        self._curves.add(accesses, batch_rows, begin)
         self._count_hot(runs)
         self._sample.shrink()
         if len(ids):
             self.largest_id = max(self.largest_id, int(ids.max()))
-            sizes = np.bincount(runs.batches - begin)
-            self._largest_batch = max(self._largest_batch, int(sizes.max()))
+            self._largest_batch = max(self._largest_batch, int(batch_rows.max()))
         self.num_lookups += len(ids)
         self.num_samples += len(samples)
 
@@ -180,7 +180,9 @@ class TableProfile:
             bag_size=self.num_lookups / self.num_samples,
             batch_size=self.options.batch_size,
             zipf_exponent=zipf_exponent(coverage, self.num_lookups),
-            drift_per_day=max(0.0, 1 - kept / total) if self._days > 1 and total else math.nan,
+            drift_per_day=float(max(0.0, 1 - kept / total))
+            if self._days > 1 and total
+            else math.nan,
             drift_ids=self._drift_ids,
             coverage=coverage,
             lru_hits=_curve(lru_rows, self._curves.set_associative(lru_rows.astype(float))),
