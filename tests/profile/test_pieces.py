@@ -51,6 +51,11 @@ def test_pieces_have_at_most_so_many_lookups_and_batches(monkeypatch):
     assert {p.samples.size for p in cut_into_pieces([many], 50)} == {50}  # a batch is not cut
 
 
+def test_the_rest_of_a_trace_is_one_piece():
+    whole = trace([1] * 1001, [0] * 1001)
+    assert [piece.samples.size for piece in cut_into_pieces(whole.split(7), 2)] == [1001]
+
+
 def test_bags_and_single_ids_can_be_joined():
     part = Samples({"t": Bags(np.array([4, 5]))}, 2)
     bags = Samples({"t": Bags(np.array([6, 7, 8]), np.array([2, 1]))}, 2)

@@ -122,12 +122,13 @@ def cut_into_pieces(parts: Iterable[Samples], batch_size: int) -> Iterator[Piece
     for part in _with_end(parts):
         held += [part] if part is not None else []
         size = sum(samples.size for samples in held)
-        limit = _piece_samples(held, size, batch_size) if part is not None else 1
-        if size < limit or size == 0:
+        limit = _piece_samples(held, size, batch_size)
+        least = limit if part is not None else 1  # what is left at the end is a piece, too
+        if size < least:
             continue
         rest = joined(held)
-        while rest.size >= limit:
-            cut, day = _same_day(rest, min(max(limit, batch_size), rest.size), batch_size)
+        while rest.size >= least:
+            cut, day = _same_day(rest, min(limit, rest.size), batch_size)
             if last_day is not None and day < last_day:
                 raise ValueError(
                     f"the days of a trace must ascend, got day {day} after day {last_day} at "
