@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from torchrec_cafe.config import save_statistics
+    from torchrec_cafe.config import Cafe, save_statistics
     from torchrec_cafe.profile.costs import cache_cost, compression_cost, parse_cache_size
     from torchrec_cafe.profile.page import as_page
     from torchrec_cafe.profile.report import Report, printed, table_reports
@@ -124,8 +124,10 @@ def _run(args: argparse.Namespace) -> None:
 
     compressions = [_number("--compressions", text) for text in _list(args.compressions)]
     sizes = _list(args.cache_sizes)
-    for size in sizes:  # before an hour of reading
+    for size in sizes:  # refused before an hour of reading
         parse_cache_size(size, 1)
+    for value in compressions:
+        Cafe(compression=value)
     options = TraceOptions(
         batch_size=args.batch_size,
         depth=args.depth,

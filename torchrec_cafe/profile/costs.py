@@ -72,7 +72,12 @@ def compression_cost(
         statistics: by table.
         shapes: by table.
         compression: >= 1.
+
+    Raises:
+        ValueError: if the compression is no such number; one that is too large for the tables is
+            :attr:`CompressionCost.refused`.
     """
+    kind = Cafe(compression=compression)
     groups: dict[int, list[TableShape]] = {}
     for name in statistics:
         groups.setdefault(shapes[name].row_bytes, []).append(shapes[name])
@@ -80,7 +85,7 @@ def compression_cost(
     resident = 0
     for tables in groups.values():
         try:
-            allocation = Cafe(compression=compression).allocate(tables)
+            allocation = kind.allocate(tables)
         except ValueError as error:
             return CompressionCost(compression, 0, {}, str(error))
         resident += allocation.memory.total_bytes
