@@ -47,7 +47,7 @@ def fbgemm_lru_hits(batches: Batches, rows: int) -> float:
         fits = (rank < WAYS) & (times[missed_at, way] < time)
         keys[missed_at[fits], way[fits]] = missed[fits]
         times[missed_at[fits], way[fits]] = time
-    return hits / total
+    return float(hits / total)
 
 
 def _fmix64(ids: NDArray[np.int64]) -> NDArray[np.int64]:

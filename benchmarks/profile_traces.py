@@ -103,7 +103,7 @@ def compare(trace: Trace, batch_size: int, depth: int) -> Iterator[Row]:
 def _row(name: str, predicted: float, measured: float) -> Row:
     """Predicted hit rate; the baseline is the measured one."""
     row = Row(name, predicted, "hit rate", measured)
-    row.target, row.met = TARGET_ERROR, bool(abs(predicted - measured) <= TARGET_ERROR)
+    row.target, row.met = TARGET_ERROR, abs(predicted - measured) <= TARGET_ERROR
     return row
 
 

@@ -178,6 +178,10 @@ LOADERS = {
 number = 3
 
 
+def none():
+    """No iterable."""
+
+
 @pytest.fixture
 def loader(monkeypatch):
     """Makes a loader of this very module."""
@@ -226,6 +230,8 @@ def test_loaders_are_checked(loader):
             LoaderSource(path, {})
     with pytest.raises(ValueError, match="No module named 'no_such_module'; is its directory in"):
         LoaderSource("no_such_module:make", {})
+    with pytest.raises(TypeError, match="must return an iterable of batches, got NoneType"):
+        LoaderSource(f"{__name__}:none", {})
     with pytest.raises(ValueError, match="must be a callable, got '.*:number': int"):
         LoaderSource(f"{__name__}:number", {})
     with pytest.raises(ValueError, match=r"columns must be among \['user', 'item'\], got 'x'"):

@@ -111,9 +111,9 @@ class _LastUses:
             return np.maximum(batches - self._batches[0], 0)
         return np.searchsorted(self._batches, batches)
 
-    def passed(self, at: NDArray[np.int64], time: NDArray[np.int64]) -> NDArray[np.float32]:
+    def passed(self, at: NDArray[np.int64], time: NDArray[np.int64]) -> NDArray[np.float64]:
         """Accesses of the first ``time`` batches of the piece, last used at most at a place."""
         grid, width = self._grid.reshape(-1), self._grid.shape[1]
         below = grid[self._lower[at] * width + time]
         above = grid[self._upper[at] * width + time]
-        return below + self._share[at] * (above - below)
+        return below + self._share[at].astype(np.float64) * (above - below)

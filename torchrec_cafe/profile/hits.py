@@ -54,9 +54,13 @@ class HitCurves:
         # is announced.
         is_late = (gaps == self._depth + 1) & (self._random.random(len(gaps)) < 0.5)
         soon = np.flatnonzero((gaps <= self._depth) | is_late)
-        room = _room_for_waiting(batches, gaps, batch_rows, rate, self._depth + 1)
+        at = gaps[soon], batches[soon]
+        without, room = _room_for_waiting(batches, gaps, batch_rows, rate, self._depth + 1)
+        # If there is room for some of the rows with as long a gap, any of them may have it.
+        share = self._random.random(len(soon))
+        needed = without[at] + share * (room[at] - without[at])
         slots = distances.copy()
-        slots[soon] = np.minimum(distances[soon], room[gaps[soon], batches[soon]])
+        slots[soon] = np.minimum(distances[soon], needed)
         self._ahead += _binned(slots) / rate
         self._sampled += len(accesses.batches) / rate
         self.num_accesses += int(batch_rows.sum())
@@ -139,7 +143,7 @@ def _room_for_waiting(
     batch_rows: NDArray[np.int64],
     rate: float,
     longest: int,
-) -> NDArray[np.float64]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Slots that hold, beside each batch, all rows that are used again within some batches.
 
     Args:
@@ -147,26 +151,28 @@ def _room_for_waiting(
         gaps: int64 ``[A]``, > 0, batches since the row's use before.
         batch_rows: int64 ``[B]``, distinct rows of each batch.
         rate: share of the ids that the accesses are of.
-        longest: gap to look at.
+        longest: gap to look at, >= 1.
 
     Returns:
-        float64 ``[longest + 1, B]``, by gap and batch of the later use: the most slots in use by
-        the batches between the uses and the rows that wait for a use at most ``gap`` after the one
-        before. What waited before the piece is left out.
+        Two float64 ``[longest + 1, B]``, by gap and batch of the later use: the most slots in use
+        between the uses, by the batches and the rows that wait for a use after a shorter gap; and
+        the same with those after as long a gap. What waited before the piece is left out.
     """
     size = len(batch_rows)
     used = batch_rows.astype(np.float64)
-    room = np.zeros((longest + 1, size))
+    without, room = np.zeros((longest + 1, size)), np.zeros((longest + 1, size))
+    places = np.arange(size)
     for gap in range(2, longest + 1):
         # Rows wait in the batches between their uses: from -gap + 1 to -1.
         later = batches[gaps == gap]
         steps = np.bincount(np.maximum(later - gap + 1, 0), minlength=size + 1)
         steps = steps - np.bincount(later, minlength=size + 1)
-        used += np.cumsum(steps)[:size] / rate
+        before, used = used, used + np.cumsum(steps)[:size] / rate
         for back in range(1, gap):
-            between = used[np.maximum(np.arange(size) - back, 0)]
-            room[gap] = np.maximum(room[gap], between)
-    return room
+            between = np.maximum(places - back, 0)
+            without[gap] = np.maximum(without[gap], before[between])
+            room[gap] = np.maximum(room[gap], used[between])
+    return without, room
 
 
 def poisson_below(limit: int, mean: NDArray[np.float64]) -> NDArray[np.float64]:

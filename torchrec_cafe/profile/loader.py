@@ -31,6 +31,7 @@ class LoaderSource:
         """Import the callable; see the class.
 
         Raises:
+            TypeError: if the callable returns no iterable.
             ValueError: if the path names no callable.
         """
         module_name, colon, name = path.partition(":")
@@ -45,9 +46,14 @@ class LoaderSource:
             ) from None
         if not callable(make):
             raise ValueError(f"the loader must be a callable, got {path!r}: {type(make).__name__}")
+        batches = make()
+        if not isinstance(batches, Iterable):
+            raise TypeError(
+                f"the loader must return an iterable of batches, got {type(batches).__name__}"
+            )
         self.name = path
         self.num_samples = num_samples
-        self._batches: Iterable[Any] = make()
+        self._batches = batches
         self._tables = tables
 
     def parts(self) -> Iterator[Samples]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
 import matplotlib
 
@@ -17,7 +18,7 @@ from torchrec_cafe.profile.costs import CompressionCost
 from torchrec_cafe.profile.report import TableReport, compression_text, count
 
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9730d", "#2a8a57", "#8a8f98"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.edgecolor": "#c5c9d0",
     "axes.labelcolor": "#454b57",

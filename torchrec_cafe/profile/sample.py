@@ -107,7 +107,7 @@ class SpatialSample:
             The accesses of the sampled ids, in the order of ``runs``.
         """
         end = np.searchsorted(runs.hashes, np.uint64(self.threshold))
-        hashes, batches, lookups = (part[:end] for part in runs)
+        hashes, batches, lookups = runs.hashes[:end], runs.batches[:end], runs.lookups[:end]
         before = np.sort(self._last)
         first = np.ones(len(hashes), dtype=bool)
         np.not_equal(hashes[1:], hashes[:-1], out=first[1:])
