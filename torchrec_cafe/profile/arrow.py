@@ -127,7 +127,7 @@ class ArrowSource:
 
 def _bags(column: Any, where: str) -> Bags:
     if _is_list(column.type):
-        lengths = pc.fill_null(pc.list_value_length(column), 0)
+        lengths = pc.fill_null(pc.call_function("list_value_length", [column]), 0)
         return Bags(_integers(column.flatten(), where), lengths.to_numpy().astype(np.int64))
     if column.null_count == 0:
         return Bags(_integers(column, where))
