@@ -184,9 +184,7 @@ def measure(case: Case, rounds: int) -> dict[str, tuple[float, float]]:
     data = batches(case)
     gradient = torch.full((case.batch, NUM_TABLES * case.dim), 1e-3)
     with tempfile.TemporaryDirectory() as folder:
-        tables = {
-            name: Tables(case, kind, data, gradient) for name, kind in kinds(folder).items()
-        }
+        tables = {name: Tables(case, kind, data, gradient) for name, kind in kinds(folder).items()}
         jobs: dict[str, Callable[[], None]] = {name: of.step for name, of in tables.items()}
         interleaved(jobs, 3)
         seconds = interleaved(jobs, rounds)

@@ -15,13 +15,18 @@ LAYERS = {
     "tables": {"config", "ops", "tables"},
     "distributed": {"config", "ops", "tables", "distributed"},
     "planning": {"config", "distributed", "planning"},
+    "profile": {"config", "ops", "profile"},
+    "cli": {"planning", "profile"},
 }
 #: third-party packages that only the given layers may import
 OWNERS = {
     "torchrec": {"distributed", "planning"},
     "torchrec.distributed": {"distributed"},
     "fbgemm_gpu": {"tables", "distributed"},
-    "torch": {"_library", "ops", "tables", "distributed", "planning"},
+    "torch": {"_library", "ops", "tables", "distributed", "planning", "profile"},
+    "matplotlib": {"profile"},
+    "pyarrow": {"profile"},
+    "yaml": {"planning", "profile"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_PYTHON = sorted(
