@@ -32,6 +32,7 @@ from torchrec_cafe.tables import (
     RowStore,
     SlotTBE,
     StoredTable,
+    on_device,
 )
 
 
@@ -57,7 +58,8 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
     Args:
         config: the group's tables as TorchRec has sharded them.
         pg: process group of the sharding.
-        device: where the slots live; the CPU.
+        device: where the slots live. The rows lie in host memory; on a GPU, ``state_dict`` has
+            tensors of the GPU over it.
         sharding_type: how the tables are sharded.
     """
 
@@ -88,7 +90,9 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
             for table, rows in zip(config.embedding_tables, self._local_rows, strict=True)
         ]
         self.bags = LookaheadBags(tables, self._emb_module, store)
-        self._emb_module.present(store.tensors, self._local_rows, self.bags.flush)
+        slots = self._emb_module.physical_tensors()[0]
+        rows = on_device(store.tensors, slots.device)
+        self._emb_module.present(rows, self._local_rows, self.bags.flush)
         self._report = BoundsReport(config.embedding_tables)
         self._optim = LookaheadFusedOptimizer(config, self._emb_module, pg)
         # As TorchRec's kernel does, before its sharded module does so again: a seed then gives the
@@ -109,7 +113,7 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
             features: what :meth:`forward` will be given.
         """
         self.refuse_variable_stride(features)
-        self.bags.look_ahead(features.values(), features.offsets())
+        self.bags.look_ahead(features.values(), features.offsets(), features.lengths_or_none())
 
     def forward(self, features: KeyedJaggedTensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """Look up a batch.
@@ -126,7 +130,12 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
             ScratchpadFullError: if the batch has more rows than slots can be had for.
         """
         self.refuse_variable_stride(features)
-        pooled = self.bags(features.values(), features.offsets(), features.weights_or_none())
+        pooled = self.bags(
+            features.values(),
+            features.offsets(),
+            features.weights_or_none(),
+            features.lengths_or_none(),
+        )
         out_of_range = self.bags.out_of_range.clone()
         self.bags.out_of_range.zero_()
         self._report(out_of_range)
@@ -155,7 +164,7 @@ class LookaheadGroupedPooledEmbeddingsLookup(CompressedGroupedPooledEmbeddingsLo
 
         Args:
             sparse_features: of all groups.
-            forward_stream: of no use here.
+            forward_stream: of no use here: the lookup waits for the rows itself.
         """
         for kernel, features in kernels_of_lookup(self, sparse_features):
             kernel.look_ahead(features)

@@ -144,8 +144,10 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
         self._wait_for_sizes(number)
         context = self.contexts[number]
         assert isinstance(context, PrefetchTrainPipelineContext)
-        for module in self._pipelined_modules:
-            ids = receive_input(self, module, context)
-            if isinstance(module, ShardedCompressedEmbeddingBagCollection):
-                module.look_ahead(ids)
+        # On a GPU the training's stream must not wait for the ids of a batch that comes later.
+        with self._stream_context(self._prefetch_stream):  # pyright: ignore[reportArgumentType]
+            for module in self._pipelined_modules:
+                ids = receive_input(self, module, context)
+                if isinstance(module, ShardedCompressedEmbeddingBagCollection):
+                    module.look_ahead(ids)
         self._stages[context.index] = _LOOKED_AHEAD

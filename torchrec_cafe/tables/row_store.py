@@ -94,8 +94,8 @@ class MemoryStore(RowStore):
 
     Args:
         num_rows: R.
-        like: tensors whose columns and dtypes the rows have; states start at the value of the
-            first element.
+        like: tensors whose columns and dtypes the rows have, on any device; weights start at 0,
+            states at the value of the first element.
     """
 
     def __init__(self, num_rows: int, like: Sequence[Tensor]) -> None:
@@ -105,7 +105,8 @@ class MemoryStore(RowStore):
         ]
         for tensor in self.tensors:  # before they are first written
             advise_huge_pages(tensor)
-        _start(self.tensors, like)
+        self.tensors[0].zero_()
+        _start(self.tensors[1:], like[1:])
 
     def read(self, rows: Tensor, into: Sequence[Tensor], at: Tensor) -> None:
         """See :meth:`RowStore.read`."""
@@ -253,4 +254,4 @@ def _pass_by_page_cache(file: int, rows: Tensor) -> None:
 def _start(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
     for tensor, pattern in zip(tensors, like, strict=True):
         if pattern.numel():
-            tensor.fill_(pattern.flatten()[0])
+            tensor.fill_(pattern.flatten()[0].item())
