@@ -348,9 +348,8 @@ def _check_device(name: str, kind: TableKind, device: str) -> None:
         )
     if kind.path is not None:
         raise ValueError(
-            f"table {name!r}: on CUDA the rows of Lookahead tables must be in host memory, so that "
-            f"checkpoints can have them as tensors of the GPU, got path={kind.path!r}; leave path "
-            "out or train on the CPU"
+            f"table {name!r}: on CUDA the rows of Lookahead tables must be in host memory, got "
+            f"path={kind.path!r}; leave path out or train on the CPU"
         )
 
 

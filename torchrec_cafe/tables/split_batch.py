@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchrec_cafe.ops import PooledKeys
+from torchrec_cafe.tables.planned_lookup import ScratchpadFullError
 
 
 def split_by_table(
