@@ -69,10 +69,13 @@ def collection(
 
 
 def planner(
-    table_constraints: dict[str, Any] | None, world_size: int | None = None
+    table_constraints: dict[str, Any] | None,
+    world_size: int | None = None,
+    compute_device: str = "cpu",
 ) -> tc.EmbeddingShardingPlanner:
+    ranks = world_size or dist.get_world_size()
     return tc.EmbeddingShardingPlanner(
-        topology=Topology(world_size=world_size or dist.get_world_size(), compute_device="cpu"),
+        topology=Topology(world_size=ranks, compute_device=compute_device),
         constraints=table_constraints,
         debug=False,
     )

@@ -15,7 +15,12 @@ import torch.multiprocessing as mp
 
 
 def _worker(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    folder: str,
+    backend: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -26,8 +31,10 @@ def _worker(
     torch.set_num_threads(1)
     status = 1
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+            backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
         )
         result = function(*args)
         torch.save(result, Path(folder) / f"result_{rank}.pt")
@@ -41,12 +48,20 @@ def _worker(
     os._exit(status)
 
 
-def run_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``function(*args)`` returns on each of ``world_size`` gloo ranks."""
+def run_ranks(
+    world_size: int,
+    folder: Path,
+    function: Callable[..., Any],
+    *args: Any,
+    backend: str = "gloo",
+) -> list[Any]:
+    """What ``function(*args)`` returns on each of ``world_size`` ranks; with NCCL, each has a GPU."""
     folder.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("spawn")
     processes = [
-        context.Process(target=_worker, args=(rank, world_size, str(folder), function, args))
+        context.Process(
+            target=_worker, args=(rank, world_size, str(folder), backend, function, args)
+        )
         for rank in range(world_size)
     ]
     for process in processes:

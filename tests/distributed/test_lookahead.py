@@ -15,7 +15,10 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import (
+    PrefetchTrainPipelineSparseDist,
+    TrainPipelineSparseDist,
+)
 from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -51,22 +54,24 @@ def sharded(
     kind: tc.Lookahead | None,
     optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     sharding_type: str = "row_wise",
+    device: torch.device = CPU,
     **options: Any,
 ) -> DistributedModelParallel:
     """A net whose tables look ahead, or TorchRec's own tables with the same plan."""
     torch.manual_seed(0)
-    net = Net(models.collection(SIZES, device="cpu", **options))
+    net = Net(models.collection(SIZES, device="cpu", **options)).to(device)
     constraint = tc.ParameterConstraints(table=kind or KIND, sharding_types=[sharding_type])
     constraints = dict.fromkeys(SIZES, constraint)
     sharders: list[Any] = [models.sharder(optimizer)]
-    plan = models.planner(constraints).collective_plan(net, sharders, dist.group.WORLD)
+    planner = models.planner(constraints, compute_device=device.type)
+    plan = planner.collective_plan(net, sharders, dist.group.WORLD)
     if kind is None:  # TorchRec's planner has no row-wise tables on a CPU
         fields = ParameterSharding.__dataclass_fields__
         for tables in plan.plan.values():
             for name, entry in list(tables.items()):
                 values = {field: getattr(entry, field) for field in fields}
                 tables[name] = ParameterSharding(**values | {"compute_kernel": "fused"})
-    model = DistributedModelParallel(net, plan=plan, sharders=sharders, device=CPU)
+    model = DistributedModelParallel(net, plan=plan, sharders=sharders, device=device)
     models.set_weights(model)
     return model
 
@@ -79,19 +84,22 @@ def dense_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 def train(model: nn.Module, driver: str | int, data: list[KeyedJaggedTensor]) -> Tensor:
     """What the model says about each batch while it trains."""
     optimizer = dense_optimizer(model)
+    device = next(parameter for parameter in model.parameters() if parameter.dim() == 1).device
     said = []
     if driver == "loop":
         for batch in data:
             optimizer.zero_grad()
-            loss, click = model(batch)
+            loss, click = model(batch.to(device))
             loss.backward()
             optimizer.step()
             said.append(click.detach())
         return torch.stack(said)
     if driver == "torchrec":
-        pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
+        pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    elif driver == "prefetch":  # on CUDA
+        pipeline = PrefetchTrainPipelineSparseDist(model, optimizer, device)
     else:
-        pipeline = tc.LookaheadTrainPipeline(model, optimizer, CPU, depth=int(driver))
+        pipeline = tc.LookaheadTrainPipeline(model, optimizer, device, depth=int(driver))
     batches = iter(data)
     for _ in data:
         said.append(pipeline.progress(batches).detach())

@@ -107,6 +107,7 @@ class Training:
                 if self.random.random() < 0.15 and not self.checkpoint():
                     return False
             right = self.checkpoint()
+            self.device.settle()
         except (AssertionError, IndexError, ValueError):
             return False
         same = [torch.equal(*pair) for pair in zip(self.said, self.expected, strict=True)]

@@ -102,7 +102,8 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
     def _store(self, kind: Lookahead) -> RowStore:
         rows, like = sum(self._local_rows), self._emb_module.physical_tensors()
         if kind.path is None:
-            return MemoryStore(rows, like)
+            on_cpu = like[0].is_cpu
+            return MemoryStore(rows, like, num_threads=1 if on_cpu else kind.io_threads)
         directory = Path(kind.path) / self.group.tables[0].name / f"rank_{dist.get_rank(self._pg)}"
         return FileStore(directory, rows, like, io_threads=kind.io_threads)
 
