@@ -55,7 +55,7 @@ def run_ranks(
     *args: Any,
     backend: str = "gloo",
 ) -> list[Any]:
-    """What ``function(*args)`` returns on each of ``world_size`` ranks; with NCCL, each has a GPU."""
+    """What ``function(*args)`` returns on each rank; with NCCL, each has a GPU."""
     folder.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("spawn")
     processes = [
