@@ -13,6 +13,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    CounterBasedRegularizationDefinition,
+    WeightDecayMode,
+)
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import (
@@ -271,6 +275,13 @@ def _plan_and_bounds() -> None:
         with pytest.raises(ValueError, match=r"table 't_b': ids must be in \[0, num_embeddings\)"):
             strict(bad)
         strict(next(models.batches(1, 4, SIZES)))  # good batches go on
+    counts: dict[str, Any] = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "weight_decay": 0.1}
+    counts["weight_decay_mode"] = WeightDecayMode.COUNTER
+    counts["counter_based_regularization"] = CounterBasedRegularizationDefinition()
+    sharders = [tc.EmbeddingBagCollectionSharder(fused_params=counts)]
+    plan = models.planner(constraints).collective_plan(collection, sharders, dist.group.WORLD)
+    with pytest.raises(ValueError, match="tables 't_a', 't_b', 't_c': .* nothing but momenta"):
+        DistributedModelParallel(collection, plan=plan, sharders=sharders, device=CPU)
 
 
 def test_plan_slots_and_bounds(tmp_path: Path):

@@ -84,6 +84,13 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
             fused_params={k: v for k, v in fused_params.items() if k not in OWN_PARAMS},
             pooling_mode=self._pooling,
         )
+        if self._emb_module.counts_by_row:
+            names = ", ".join(repr(table.name) for table in self.group.tables)
+            raise ValueError(
+                f"tables {names}: the optimizer of Lookahead tables must keep nothing but momenta "
+                f"of rows, got {fused_params}; leave counter-based weight decay and "
+                "use_rowwise_bias_correction out"
+            )
         store = self._store(kind)
         tables = [
             StoredTable(table.name, rows, table.num_features())

@@ -93,6 +93,7 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
         if self._model.training:
             self._optimizer.zero_grad()
         self._wait_for_batch()
+        self._wait_for_look_ahead()
         # The batch that is looked ahead for next: its ids travel while this one trains.
         coming = len(self.batches)
         if self.enqueue_batch(dataloader_iter):
@@ -110,6 +111,12 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
             self._stages.pop(context.index, None)
             self.dequeue_batch()
         return output
+
+    def _wait_for_look_ahead(self) -> None:
+        """Let the training's stream wait for what looking ahead has made of the ids."""
+        if self._prefetch_stream is not None:
+            current = torch.get_device_module(self._device).current_stream()
+            current.wait_stream(self._prefetch_stream)
 
     def reset(self) -> None:
         """Forget the batches that were loaded; rows that were brought in for them stay."""

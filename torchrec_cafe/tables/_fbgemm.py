@@ -158,6 +158,15 @@ class SlotTBE(RowRangeTBE):
             write_back()
 
     @property
+    def counts_by_row(self) -> bool:
+        """Whether the optimizer keeps counters of each row, which are not among its states."""
+        return (
+            self._used_rowwise_adagrad_with_counter
+            or self._used_rowwise_adagrad_with_global_weight_decay
+            or self.use_rowwise_bias_correction
+        )
+
+    @property
     def counts_lookups(self) -> bool:
         """Whether updates depend on how many lookups there have been, as Adam's do."""
         return self.optimizer not in (
