@@ -35,7 +35,7 @@ from torchrec_cafe.tables.slot_memory import DeviceSlots
 pytestmark = pytest.mark.cuda
 
 CUDA = torch.device("cuda", 0)
-ALL_OPTIMIZERS = (*OPTIMIZERS, EmbOptimType.ADAM, EmbOptimType.PARTIAL_ROWWISE_ADAM)
+ALL_OPTIMIZERS = (*OPTIMIZERS, EmbOptimType.ADAM)
 #: cycles of a GPU's clock
 SLEEPS = (0, 0, 10_000, 1_000_000)
 

@@ -253,11 +253,22 @@ class DeviceSlots(SlotMemory):
         self, store: RowStore, out: tuple[Tensor, Tensor], into: tuple[Tensor, Tensor]
     ) -> None:
         """See :meth:`SlotMemory.exchange`."""
-        self.spill(store, *out)
-        self.fill(store, *into)
+        leaving = self._leave(store, *out)  # before their slots are filled, on the same stream
+        try:
+            self.fill(store, *into)
+        finally:
+            for staging, rows in leaving:
+                _arrive(store, staging, rows)
 
     def spill(self, store: RowStore, rows: Tensor, slots: Tensor) -> None:
         """See :meth:`SlotMemory.spill`."""
+        for staging, part in self._leave(store, rows, slots):
+            _arrive(store, staging, part)
+
+    def _leave(
+        self, store: RowStore, rows: Tensor, slots: Tensor
+    ) -> deque[tuple[_Staging, Tensor]]:
+        """Begin to write rows to a store; gives those that are on their way yet."""
         free, leaving = deque(self._leaving), deque[tuple[_Staging, Tensor]]()
         for part, at in self._pieces(rows, slots):
             if not free:
@@ -268,8 +279,7 @@ class DeviceSlots(SlotMemory):
                 self._moves.to_host(self._moves.take_rows(tensor, index), kept[: len(at)])
             staging.done = self._moves.mark()
             leaving.append((staging, part))
-        for staging, part in leaving:
-            _arrive(store, staging, part)
+        return leaving
 
     def fill(self, store: RowStore, rows: Tensor, slots: Tensor) -> None:
         """See :meth:`SlotMemory.fill`."""
