@@ -104,7 +104,7 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
                 self._wait_for_sizes(coming)
             if self._model.training:
                 self._backward(losses)
-                self._optimizer_step()
+                self._optimizer.step()
             if coming < len(self.batches):
                 self._look_ahead(coming)
         finally:  # a batch that has failed is left out, and the next call goes on
