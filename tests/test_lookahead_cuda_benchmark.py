@@ -70,14 +70,14 @@ def test_popular_ids_are_as_popular_as_they_should_be():
 @pytest.mark.filterwarnings("ignore")  # of TorchRec about torch
 def test_a_run_without_a_gpu_goes_on_where_it_ended(tmp_path: Path, capsys):
     words = "--quick --device cpu --tables 2 --rows 3000 --dim 16 --batch 16 --pooling 3 --rounds 1"
-    words += " --steps 2 --batches 6 --exponents 0.8,1.05 --fractions 0.5,0.2"
+    words += " --steps 2 --batches 6 --exponents 0.8 --fractions 0.5"
     report, parts = tmp_path / "report.json", tmp_path / "parts.json"
     given = [*words.split(), "--json", str(report), "--parts", str(parts)]
     lookahead_cuda.main([*given, "--minutes", "0"])
     assert "not measured within --minutes" in capsys.readouterr().out
     lookahead_cuda.main(given)
     noted = json.loads(parts.read_text())["parts"]
-    assert set(noted) == {f"lookahead, depth {d} {f}" for d in (0, 4) for f in (0.5, 0.2)}
+    assert set(noted) == {"lookahead, depth 0 0.5", "lookahead, depth 4 0.5"}
     parts.write_text(parts.read_text().replace('"hbm": ', '"hbm": 1000'))  # not measured again
     lookahead_cuda.main(given)
     rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
