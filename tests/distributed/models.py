@@ -70,13 +70,16 @@ def collection(
 
 
 def planner(
-    table_constraints: dict[str, Any] | None, world_size: int | None = None
+    table_constraints: dict[str, Any] | None,
+    world_size: int | None = None,
+    compute_device: str = "cpu",
 ) -> tc.EmbeddingShardingPlanner:
+    ranks = world_size or dist.get_world_size()
     return tc.EmbeddingShardingPlanner(
         topology=Topology(
-            world_size=world_size or dist.get_world_size(),
+            world_size=ranks,
             local_world_size=None if world_size else int(os.environ["LOCAL_WORLD_SIZE"]),
-            compute_device="cpu",
+            compute_device=compute_device,
         ),
         constraints=table_constraints,
         debug=False,

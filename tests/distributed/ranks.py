@@ -19,6 +19,7 @@ def _worker(
     world_size: int,
     num_hosts: int,
     folder: str,
+    backend: str,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -32,8 +33,10 @@ def _worker(
     torch.set_num_threads(1)
     status = 1
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+            backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size
         )
         result = function(*args)
         torch.save(result, Path(folder) / f"result_{rank}.pt")
@@ -48,9 +51,14 @@ def _worker(
 
 
 def run_ranks(
-    world_size: int, folder: Path, function: Callable[..., Any], *args: Any, num_hosts: int = 1
+    world_size: int,
+    folder: Path,
+    function: Callable[..., Any],
+    *args: Any,
+    num_hosts: int = 1,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """What ``function(*args)`` returns on each of ``world_size`` gloo ranks.
+    """What ``function(*args)`` returns on each rank; with NCCL, each has a GPU.
 
     Ranks of different hosts are told apart by their environment only, as TorchRec does it.
     """
@@ -58,7 +66,8 @@ def run_ranks(
     context = mp.get_context("spawn")
     processes = [
         context.Process(
-            target=_worker, args=(rank, world_size, num_hosts, str(folder), function, args)
+            target=_worker,
+            args=(rank, world_size, num_hosts, str(folder), backend, function, args),
         )
         for rank in range(world_size)
     ]

@@ -13,9 +13,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    CounterBasedRegularizationDefinition,
+    WeightDecayMode,
+)
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import (
+    PrefetchTrainPipelineSparseDist,
+    TrainPipelineSparseDist,
+)
 from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -51,22 +58,24 @@ def sharded(
     kind: tc.Lookahead | None,
     optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     sharding_type: str = "row_wise",
+    device: torch.device = CPU,
     **options: Any,
 ) -> DistributedModelParallel:
     """A net whose tables look ahead, or TorchRec's own tables with the same plan."""
     torch.manual_seed(0)
-    net = Net(models.collection(SIZES, device="cpu", **options))
+    net = Net(models.collection(SIZES, device="cpu", **options)).to(device)
     constraint = tc.ParameterConstraints(table=kind or KIND, sharding_types=[sharding_type])
     constraints = dict.fromkeys(SIZES, constraint)
     sharders: list[Any] = [models.sharder(optimizer)]
-    plan = models.planner(constraints).collective_plan(net, sharders, dist.group.WORLD)
+    planner = models.planner(constraints, compute_device=device.type)
+    plan = planner.collective_plan(net, sharders, dist.group.WORLD)
     if kind is None:  # TorchRec's planner has no row-wise tables on a CPU
         fields = ParameterSharding.__dataclass_fields__
         for tables in plan.plan.values():
             for name, entry in list(tables.items()):
                 values = {field: getattr(entry, field) for field in fields}
                 tables[name] = ParameterSharding(**values | {"compute_kernel": "fused"})
-    model = DistributedModelParallel(net, plan=plan, sharders=sharders, device=CPU)
+    model = DistributedModelParallel(net, plan=plan, sharders=sharders, device=device)
     models.set_weights(model)
     return model
 
@@ -79,19 +88,22 @@ def dense_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 def train(model: nn.Module, driver: str | int, data: list[KeyedJaggedTensor]) -> Tensor:
     """What the model says about each batch while it trains."""
     optimizer = dense_optimizer(model)
+    device = next(parameter for parameter in model.parameters() if parameter.dim() == 1).device
     said = []
     if driver == "loop":
         for batch in data:
             optimizer.zero_grad()
-            loss, click = model(batch)
+            loss, click = model(batch.to(device))
             loss.backward()
             optimizer.step()
             said.append(click.detach())
         return torch.stack(said)
     if driver == "torchrec":
-        pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
+        pipeline = TrainPipelineSparseDist(model, optimizer, device)
+    elif driver == "prefetch":  # on CUDA
+        pipeline = PrefetchTrainPipelineSparseDist(model, optimizer, device)
     else:
-        pipeline = tc.LookaheadTrainPipeline(model, optimizer, CPU, depth=int(driver))
+        pipeline = tc.LookaheadTrainPipeline(model, optimizer, device, depth=int(driver))
     batches = iter(data)
     for _ in data:
         said.append(pipeline.progress(batches).detach())
@@ -263,6 +275,13 @@ def _plan_and_bounds() -> None:
         with pytest.raises(ValueError, match=r"table 't_b': ids must be in \[0, num_embeddings\)"):
             strict(bad)
         strict(next(models.batches(1, 4, SIZES)))  # good batches go on
+    counts: dict[str, Any] = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "weight_decay": 0.1}
+    counts["weight_decay_mode"] = WeightDecayMode.COUNTER
+    counts["counter_based_regularization"] = CounterBasedRegularizationDefinition()
+    sharders = [tc.EmbeddingBagCollectionSharder(fused_params=counts)]
+    plan = models.planner(constraints).collective_plan(collection, sharders, dist.group.WORLD)
+    with pytest.raises(ValueError, match="tables 't_a', 't_b', 't_c': .* nothing but momenta"):
+        DistributedModelParallel(collection, plan=plan, sharders=sharders, device=CPU)
 
 
 def test_plan_slots_and_bounds(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 from pathlib import Path
@@ -251,13 +252,31 @@ def test_look_ahead_tables_are_refused_where_they_cannot_be():
         ValueError, match=r"table 't_big': a Lookahead table can be sharded row_wise"
     ):
         models.planner({"t_big": constraint}, 2)
-    on_cuda = tc.EmbeddingShardingPlanner(
+    for device, kind, message in (
+        ("cuda", dataclasses.replace(ahead, path="/tmp/rows"), "must be in host memory, got path="),
+        ("mtia", ahead, "must be on the CPU or on CUDA, got compute_device='mtia'"),
+    ):
+        elsewhere = tc.EmbeddingShardingPlanner(
+            topology=Topology(world_size=2, compute_device=device),
+            constraints={"t_big": tc.ParameterConstraints(table=kind)},
+            debug=False,
+        )
+        with pytest.raises(ValueError, match=f"table 't_big': .*{message}"):
+            elsewhere.plan(models.collection(), [models.sharder()])
+
+
+def test_look_ahead_tables_are_planned_on_cuda():
+    constraint = tc.ParameterConstraints(table=tc.Lookahead(cache_fraction=0.1, min_slots=1))
+    planner = tc.EmbeddingShardingPlanner(
         topology=Topology(world_size=2, compute_device="cuda"),
-        constraints={"t_big": tc.ParameterConstraints(table=ahead)},
+        constraints={"t_big": constraint},
         debug=False,
     )
-    with pytest.raises(ValueError, match=r"table 't_big': Lookahead tables run on the CPU so far"):
-        on_cuda.plan(models.collection(), [models.sharder()])
+    entry = planner.plan(models.collection(), [models.sharder()]).plan[""]["t_big"]
+    assert isinstance(entry, CompressedParameterSharding)
+    assert entry.group.num_slots == 500
+    placements = [str(shard.placement) for shard in entry.sharding_spec.shards]
+    assert placements == ["rank:0/cuda:0", "rank:1/cuda:1"]
 
 
 @pytest.mark.parametrize("sharding_type", ["row_wise", "table_wise", "table_row_wise"])

@@ -50,6 +50,9 @@ def test_pipelines_do_what_ours_relies_on():
     forward = source(PrefetchPipelinedForward.__call__)
     assert "module_input_post_prefetch.pop(self._name)" in forward
     assert "module_contexts_post_prefetch.pop(self._name)" in forward
+    assert "self._stream_context(self._prefetch_stream)" in source(pipeline._prefetch)
+    assert "current_stream().wait_stream(" in forward
+    assert "data.record_stream(cur_stream)" in forward
     assert "lookup.flush()" in source(ShardedEmbeddingBagCollection)
     assert "lookup.purge()" in source(ShardedEmbeddingBagCollection)
     assert "self._feature_splits" in source(GroupedPooledEmbeddingsLookup.forward)

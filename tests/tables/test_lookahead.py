@@ -24,6 +24,7 @@ from torchrec_cafe.tables import (
     RowStore,
     SlotTBE,
     StoredTable,
+    on_device,
 )
 
 ROWS, DIM, TABLES, SAMPLES = 400, 8, 3, 16
@@ -77,25 +78,31 @@ class Pair:
         store: Callable[[int, Sequence[Tensor]], RowStore] = MemoryStore,
         precision: SparseType = SparseType.FP32,
         pooling: PoolingMode = PoolingMode.SUM,
+        device: torch.device = CPU,
     ) -> None:
-        fused = {"optimizer": optimizer, "learning_rate": 0.1}
+        # On CUDA the random bits that FP16 weights are rounded with depend on where a row lies.
+        fused = {"optimizer": optimizer, "learning_rate": 0.1, "stochastic_rounding": False}
         self.tbe = SlotTBE(
             num_slots,
             DIM,
             weights_precision=precision,
-            device=CPU,
+            device=device,
             fused_params=fused,
             pooling_mode=pooling,
         )
         self.store = store(TABLES * ROWS, self.tbe.physical_tensors())
         tables = [StoredTable(f"t{number}", ROWS, 1) for number in range(TABLES)]
         self.bags = LookaheadBags(tables, self.tbe, self.store)
-        self.tbe.present(self.store.tensors, [ROWS] * TABLES, self.bags.flush)
+        rows = on_device(self.store.tensors, self.tbe.physical_tensors()[0].device)
+        self.tbe.present(rows, [ROWS] * TABLES, self.bags.flush)
+        place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
+        if device == CPU:
+            place = (EmbeddingLocation.HOST, ComputeDevice.CPU)
         self.whole = SplitTableBatchedEmbeddingBagsCodegen(
-            [(ROWS, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU)] * TABLES,
+            [(ROWS, DIM, *place)] * TABLES,
             weights_precision=precision,
             pooling_mode=pooling,
-            device=CPU,
+            device=device,
             **fused,
         )
         generator = torch.Generator().manual_seed(0)
@@ -117,7 +124,7 @@ class Pair:
         ids, offsets = (part.long() for part in batch)
         theirs = self.whole(ids, offsets, weights)
         assert torch.equal(ours, theirs)
-        grad = torch.sin(torch.arange(ours.numel()) * 0.7).view_as(ours)
+        grad = torch.sin(torch.arange(ours.numel(), device=ours.device) * 0.7).view_as(ours)
         ours.backward(grad)
         theirs.backward(grad)
 

@@ -51,6 +51,22 @@ def test_mapped_rows_and_moved_rows_are_the_same(store: RowStore):
     store.sync()
 
 
+def test_threads_copy_what_one_would():
+    like = [torch.zeros(1, 4), torch.zeros(1)]
+    stores = [MemoryStore(30_000, like, num_threads=count) for count in (1, 3)]
+    rows, at = torch.randperm(30_000)[:9000], torch.randperm(9000)
+    slots = [[torch.randn(9000, 4), torch.randn(9000)], [torch.zeros(9000, 4), torch.zeros(9000)]]
+    for store in stores:
+        store.write(rows, slots[0], at)
+    for one, other in zip(stores[0].tensors, stores[1].tensors, strict=True):
+        assert torch.equal(one, other)
+    stores[1].read(rows, slots[1], at)
+    for one, other in zip(*slots, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="rows"):
+        stores[1].read(rows + 30_000, slots[1], at)
+
+
 def test_files_are_let_go_of(tmp_path: Path):
     like = [torch.zeros(1, 4)]
     first = FileStore(tmp_path, ROWS, like, io_threads=1)

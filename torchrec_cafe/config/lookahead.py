@@ -29,7 +29,8 @@ class Lookahead(TableKind):
             them, >= 1: small tables are in slots as a whole.
         path: directory of files for the rows, a fast local disk; each training needs its own.
             ``None``: host memory.
-        io_threads: reads and writes of files at a time, per rank, in [1, 1024].
+        io_threads: reads and writes of files at a time, per rank, in [1, 1024]; where slots are on
+            a GPU, threads that copy rows in host memory.
     """
 
     cache_fraction: float = 0.05

@@ -141,10 +141,17 @@ def check_device(name: str, kind: TableKind, device: str) -> None:
     Raises:
         ValueError: naming the table and what to do.
     """
-    if isinstance(kind, Lookahead) and device != "cpu":
+    if not isinstance(kind, Lookahead) or device == "cpu":
+        return
+    if device != "cuda":
         raise ValueError(
-            f"table {name!r}: Lookahead tables run on the CPU so far, got "
-            f"compute_device={device!r}; use TorchRec's fused_uvm_caching or another kind of table"
+            f"table {name!r}: Lookahead tables must be on the CPU or on CUDA, got "
+            f"compute_device={device!r}; use another kind of table"
+        )
+    if kind.path is not None:
+        raise ValueError(
+            f"table {name!r}: on CUDA the rows of Lookahead tables must be in host memory, got "
+            f"path={kind.path!r}; leave path out or train on the CPU"
         )
 
 

@@ -32,6 +32,7 @@ from torchrec_cafe.tables import (
     RowStore,
     SlotTBE,
     StoredTable,
+    on_device,
 )
 
 
@@ -57,7 +58,8 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
     Args:
         config: the group's tables as TorchRec has sharded them.
         pg: process group of the sharding.
-        device: where the slots live; the CPU.
+        device: where the slots live. The rows lie in host memory; on a GPU, ``state_dict`` has
+            tensors of the GPU over it.
         sharding_type: how the tables are sharded.
     """
 
@@ -82,13 +84,22 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
             fused_params={k: v for k, v in fused_params.items() if k not in OWN_PARAMS},
             pooling_mode=self._pooling,
         )
+        if self._emb_module.counts_by_row:
+            names = ", ".join(repr(table.name) for table in self.group.tables)
+            raise ValueError(
+                f"tables {names}: the optimizer of Lookahead tables must keep nothing but momenta "
+                f"of rows, got {fused_params}; leave counter-based weight decay and "
+                "use_rowwise_bias_correction out"
+            )
         store = self._store(kind)
         tables = [
             StoredTable(table.name, rows, table.num_features())
             for table, rows in zip(config.embedding_tables, self._local_rows, strict=True)
         ]
         self.bags = LookaheadBags(tables, self._emb_module, store)
-        self._emb_module.present(store.tensors, self._local_rows, self.bags.flush)
+        slots = self._emb_module.physical_tensors()[0]
+        rows = on_device(store.tensors, slots.device)
+        self._emb_module.present(rows, self._local_rows, self.bags.flush)
         self._report = BoundsReport(config.embedding_tables)
         self._optim = LookaheadFusedOptimizer(config, self._emb_module, pg)
         # As TorchRec's kernel does, before its sharded module does so again: a seed then gives the
@@ -98,7 +109,8 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
     def _store(self, kind: Lookahead) -> RowStore:
         rows, like = sum(self._local_rows), self._emb_module.physical_tensors()
         if kind.path is None:
-            return MemoryStore(rows, like)
+            on_cpu = like[0].is_cpu
+            return MemoryStore(rows, like, num_threads=1 if on_cpu else kind.io_threads)
         directory = Path(kind.path) / self.group.tables[0].name / f"rank_{dist.get_rank(self._pg)}"
         return FileStore(directory, rows, like, io_threads=kind.io_threads)
 
@@ -109,7 +121,7 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
             features: what :meth:`forward` will be given.
         """
         self.refuse_variable_stride(features)
-        self.bags.look_ahead(features.values(), features.offsets())
+        self.bags.look_ahead(features.values(), features.offsets(), features.lengths_or_none())
 
     def forward(self, features: KeyedJaggedTensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """Look up a batch.
@@ -126,7 +138,12 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
             ScratchpadFullError: if the batch has more rows than slots can be had for.
         """
         self.refuse_variable_stride(features)
-        pooled = self.bags(features.values(), features.offsets(), features.weights_or_none())
+        pooled = self.bags(
+            features.values(),
+            features.offsets(),
+            features.weights_or_none(),
+            features.lengths_or_none(),
+        )
         out_of_range = self.bags.out_of_range.clone()
         self.bags.out_of_range.zero_()
         self._report(out_of_range)
@@ -155,7 +172,7 @@ class LookaheadGroupedPooledEmbeddingsLookup(CompressedGroupedPooledEmbeddingsLo
 
         Args:
             sparse_features: of all groups.
-            forward_stream: of no use here.
+            forward_stream: of no use here: the lookup waits for the rows itself.
         """
         for kernel, features in kernels_of_lookup(self, sparse_features):
             kernel.look_ahead(features)

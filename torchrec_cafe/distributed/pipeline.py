@@ -93,6 +93,7 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
         if self._model.training:
             self._optimizer.zero_grad()
         self._wait_for_batch()
+        self._wait_for_look_ahead()
         # The batch that is looked ahead for next: its ids travel while this one trains.
         coming = len(self.batches)
         if self.enqueue_batch(dataloader_iter):
@@ -103,13 +104,19 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
                 self._wait_for_sizes(coming)
             if self._model.training:
                 self._backward(losses)
-                self._optimizer_step()
+                self._optimizer.step()
             if coming < len(self.batches):
                 self._look_ahead(coming)
         finally:  # a batch that has failed is left out, and the next call goes on
             self._stages.pop(context.index, None)
             self.dequeue_batch()
         return output
+
+    def _wait_for_look_ahead(self) -> None:
+        """Let the training's stream wait for what looking ahead has made of the ids."""
+        if self._prefetch_stream is not None:
+            current = torch.get_device_module(self._device).current_stream()
+            current.wait_stream(self._prefetch_stream)
 
     def reset(self) -> None:
         """Forget the batches that were loaded; rows that were brought in for them stay."""
@@ -144,8 +151,10 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
         self._wait_for_sizes(number)
         context = self.contexts[number]
         assert isinstance(context, PrefetchTrainPipelineContext)
-        for module in self._pipelined_modules:
-            ids = receive_input(self, module, context)
-            if isinstance(module, ShardedCompressedEmbeddingBagCollection):
-                module.look_ahead(ids)
+        # On a GPU the training's stream must not wait for the ids of a batch that comes later.
+        with self._stream_context(self._prefetch_stream):  # pyright: ignore[reportArgumentType]
+            for module in self._pipelined_modules:
+                ids = receive_input(self, module, context)
+                if isinstance(module, ShardedCompressedEmbeddingBagCollection):
+                    module.look_ahead(ids)
         self._stages[context.index] = _LOOKED_AHEAD

@@ -2,6 +2,7 @@
 
 from torchrec_cafe.tables._fbgemm import RowRangeTBE, SlotTBE
 from torchrec_cafe.tables.compressed import CompressedBags
+from torchrec_cafe.tables.host_mapped import on_device
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
 from torchrec_cafe.tables.lookahead import LookaheadBags, StoredTable
 from torchrec_cafe.tables.mem_rec import MemRecLayout, MemRecRows, MemRecSamples, sample_vectors
@@ -43,5 +44,6 @@ __all__ = [
     "StoredTable",
     "TableLayout",
     "WeightTable",
+    "on_device",
     "sample_vectors",
 ]

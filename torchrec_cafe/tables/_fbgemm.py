@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import SparseType
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
     BoundsCheckMode,
     EmbeddingLocation,
@@ -156,6 +156,24 @@ class SlotTBE(RowRangeTBE):
         write_back = None if self._write_back is None else self._write_back()
         if write_back is not None:
             write_back()
+
+    @property
+    def counts_by_row(self) -> bool:
+        """Whether the optimizer keeps counters of each row, which are not among its states."""
+        return (
+            self._used_rowwise_adagrad_with_counter
+            or self._used_rowwise_adagrad_with_global_weight_decay
+            or self.use_rowwise_bias_correction
+        )
+
+    @property
+    def counts_lookups(self) -> bool:
+        """Whether updates depend on how many lookups there have been, as Adam's do."""
+        return self.optimizer not in (
+            EmbOptimType.EXACT_SGD,
+            EmbOptimType.EXACT_ADAGRAD,
+            EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        )
 
     def presented_tensors(self) -> list[Tensor]:
         """See :meth:`RowRangeTBE.presented_tensors`."""

@@ -5,12 +5,10 @@ Shape legend: N ids, F features, B samples, D columns.
 
 from __future__ import annotations
 
-import functools
 import gc
-import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +24,8 @@ from torchrec_cafe.tables.planned_lookup import (
 )
 from torchrec_cafe.tables.row_store import RowStore
 from torchrec_cafe.tables.scratchpad import Scratchpad
+from torchrec_cafe.tables.slot_memory import PlacedBags, slot_memory
+from torchrec_cafe.tables.split_batch import split_by_table
 
 
 @dataclass(frozen=True)
@@ -43,25 +43,35 @@ class StoredTable:
     num_features: int
 
 
+class _Unchanged:
+    """A tensor as it is now, in memory that is not reused as long as this lives."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = _version(tensor)
+
+    def is_(self, other: Tensor) -> bool:
+        """Whether another is a view of the same memory, not changed since. Empty ones are equal.
+
+        Values are not compared: those on a device would have to be waited for.
+        """
+        if other.shape != self._tensor.shape or other.dtype != self._tensor.dtype:
+            return False
+        is_same = other.data_ptr() == self._tensor.data_ptr() and _version(other) == self._version
+        return is_same or other.numel() == 0
+
+
 @dataclass(eq=False)
 class _Ahead:
     """A batch whose rows are on their way."""
 
-    ids: Tensor
-    version: int
-    offsets: Tensor
+    given: tuple[_Unchanged, _Unchanged]
     out_of_range: Tensor
     lookup: PlannedLookup
 
-    def is_of(self, ids: Tensor, offsets: Tensor) -> bool:
-        """Whether these are the ids of the batch, in the same memory, which is ours until then.
-
-        A lookup may have them as another view. Empty batches are all the same.
-        """
-        if ids.shape != self.ids.shape or not torch.equal(offsets, self.offsets):
-            return False
-        is_same = ids.data_ptr() == self.ids.data_ptr() and _version(ids) == self.version
-        return is_same or ids.numel() == 0
+    def is_of(self, ids: Tensor, bags: Tensor) -> bool:
+        """Whether these are the ids of the batch, and what says their bags."""
+        return self.given[0].is_(ids) and self.given[1].is_(bags)
 
 
 def _version(tensor: Tensor) -> int:
@@ -76,9 +86,44 @@ class _Update:
         self._bags = bags
         self._lookup = lookup
 
-    def __call__(self, _grads: Any) -> None:
-        """Note that it begins; a hook of the TBE's backward."""
+    def hook(self, node: Any) -> None:
+        """Have the TBE's backward say when it begins, and when it has asked for the update."""
+        node.register_prehook(self._begin)
+        node.register_hook(self._end)
+
+    def _begin(self, _grads: Any) -> None:
         self._bags.begin_update(self._lookup)
+
+    def _end(self, _grads: Any, _outputs: Any) -> None:
+        self._bags.end_update(self._lookup)
+
+
+class _PartUpdate:
+    """The coming update of a part of a batch, whose rows are not in their slots until then.
+
+    Args:
+        bags: that it is a part of.
+        part: the rows.
+        slots: int64 ``[N]``, of each occurrence at the lookup; mutated before the update.
+    """
+
+    def __init__(self, bags: LookaheadBags, part: PooledKeys, slots: Tensor) -> None:
+        self._bags = bags
+        self._part = part
+        self._slots = slots
+        self._lookup: PlannedLookup | None = None
+
+    def hook(self, node: Any) -> None:
+        """See :meth:`_Update.hook`."""
+        node.register_prehook(self._begin)
+        node.register_hook(self._end)
+
+    def _begin(self, _grads: Any) -> None:
+        self._lookup = self._bags.bring_again(self._part, self._slots)
+
+    def _end(self, _grads: Any, _outputs: Any) -> None:
+        assert self._lookup is not None  # it has begun
+        self._bags.end_update(self._lookup)
 
 
 class LookaheadBags(nn.Module):
@@ -99,7 +144,8 @@ class LookaheadBags(nn.Module):
         self.store = store
         self.names = [table.name for table in tables]
         name = "tables " + ", ".join(repr(table.name) for table in tables)
-        self._scratchpad = Scratchpad(tbe.physical_tensors(), store, name)
+        self._memory = slot_memory(tbe.physical_tensors())
+        self._scratchpad = Scratchpad(self._memory, store, name)
         self._features = [table.num_features for table in tables]
         ranges, first = [], 0
         for table in tables:
@@ -122,26 +168,38 @@ class LookaheadBags(nn.Module):
         slots = self.tbe.physical_tensors()[0]
         return slots.numel() * slots.element_size() + self._scratchpad.map_bytes
 
-    def look_ahead(self, ids: Tensor, offsets: Tensor) -> None:
+    def look_ahead(self, ids: Tensor, offsets: Tensor, lengths: Tensor | None = None) -> None:
         """Begin to bring the rows of a coming batch in.
 
         Args:
             ids: int ``[N]``, feature-major, relative to the first row of each table; the same
                 memory will be looked up. If it is changed until then, all of this was in vain.
-            offsets: int ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
+            offsets: int ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f; the same
+                memory again,
+            lengths: or int ``[F * B]`` that the offsets are made of, and this will be given again.
         """
         self._release()
-        if any(ahead.is_of(ids, offsets) for ahead in self._ahead):
+        bags = offsets if lengths is None else lengths
+        if any(ahead.is_of(ids, bags) for ahead in self._ahead):
             return
-        self._ahead.append(self._plan(ids, offsets, train=self.training, ahead=True))
+        lookup, out_of_range = self._plan(ids, offsets, train=self.training, ahead=True)
+        given = _Unchanged(ids), _Unchanged(bags)
+        self._ahead.append(_Ahead(given, out_of_range, lookup))
 
-    def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Look up and pool; waits for rows that have not been looked ahead for.
 
         Args:
             ids: int ``[N]``, feature-major, relative to the first row of each table.
             offsets: int ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
             weights: float32 ``[N]``, factor of each id's row in its bag's sum.
+            lengths: as :meth:`look_ahead` was given.
 
         Returns:
             ``[B, F * D]``.
@@ -150,33 +208,36 @@ class LookaheadBags(nn.Module):
             ScratchpadFullError: if the batch has more rows of one table than slots can be had for.
         """
         self._release()
-        batch = self._take(ids, offsets)
-        if batch is None:
-            batch = self._plan(ids, offsets, train=torch.is_grad_enabled(), ahead=False)
+        lookup, out_of_range = self._take(ids, offsets if lengths is None else lengths) or (
+            self._plan(ids, offsets, train=torch.is_grad_enabled(), ahead=False)
+        )
         try:
-            pooled = self._pool(self._scratchpad.wait(batch.lookup), batch.lookup.bags, weights)
+            pooled = self._pool(self._scratchpad.wait(lookup), lookup, weights)
         except ScratchpadFullError as error:
             if self._release_garbage():
-                return self(ids, offsets, weights)
-            self.out_of_range += batch.out_of_range
-            return self._table_by_table(batch.lookup.bags, weights, error)
+                return self(ids, offsets, weights, lengths)
+            self.out_of_range += out_of_range
+            return self._table_by_table(lookup.bags, weights, error)
         except BaseException:
-            self._scratchpad.release(batch.lookup)
+            self._scratchpad.release(lookup)
             raise
-        self.out_of_range += batch.out_of_range
+        self.out_of_range += out_of_range
         if pooled.grad_fn is not None:
-            update = _Update(self, batch.lookup)
-            self._to_update[batch.lookup] = weakref.ref(update)
-            pooled.grad_fn.register_prehook(update)
+            update = _Update(self, lookup)
+            self._to_update[lookup] = weakref.ref(update)
+            update.hook(pooled.grad_fn)
         else:
-            self._scratchpad.release(batch.lookup)
+            self._scratchpad.release(lookup)
         return pooled.view(-1, len(self._ranges) * pooled.shape[1])
 
-    def _pool(self, slots: Tensor, bags: PooledKeys | None, weights: Tensor | None) -> Tensor:
-        assert bags is not None  # there are slots
-        if weights is not None:
-            weights = weights[bags.source]
-        return self.tbe.pool(slots, bags.offsets, weights)
+    def _pool(self, placed: PlacedBags, lookup: PlannedLookup, weights: Tensor | None) -> Tensor:
+        assert lookup.bags is not None  # there are slots
+        try:
+            if weights is not None:
+                weights = weights[self._memory.bring(lookup.bags.source)]
+            return self.tbe.pool(*placed, weights)
+        finally:
+            self._scratchpad.mark_used(lookup)
 
     def begin_update(self, lookup: PlannedLookup) -> None:
         """Note that the TBE is about to update the rows of a batch.
@@ -196,6 +257,14 @@ class LookaheadBags(nn.Module):
         del self._to_update[lookup]
         self._updated.append(lookup)
 
+    def end_update(self, lookup: PlannedLookup) -> None:
+        """Note that the TBE has asked for the update of the rows of a batch.
+
+        Args:
+            lookup: of the batch.
+        """
+        self._scratchpad.mark_used(lookup)
+
     def _table_by_table(
         self, bags: PooledKeys | None, weights: Tensor | None, error: ScratchpadFullError
     ) -> Tensor:
@@ -205,54 +274,69 @@ class LookaheadBags(nn.Module):
         whole batch to the last bit, since no row is in two parts.
         """
         assert bags is not None  # its rows are known to be too many
+        if self.tbe.counts_lookups:
+            raise error  # each part would count as a step
         num_samples = (len(bags.offsets) - 1) // len(self._ranges)
         columns = []
         for part in split_by_table(bags, self._features, self._scratchpad.num_slots, error):
             lookup = self._scratchpad.plan(lambda part=part: part, train=False, ahead=False)
             try:
-                slots = self._scratchpad.wait(lookup).clone()
-                pooled = self._pool(slots, part, weights)
+                placed = self._scratchpad.wait(lookup)
+                slots = placed.slots.clone()
+                pooled = self._pool(placed._replace(slots=slots), lookup, weights)
             finally:
                 self._scratchpad.release(lookup)
             if pooled.grad_fn is not None:
-                again = functools.partial(self._bring_again, part, slots)
-                pooled.grad_fn.register_prehook(again)
+                _PartUpdate(self, part, slots).hook(pooled.grad_fn)
             columns.append(pooled.view(num_samples, -1))
         return torch.cat(columns, 1)
 
-    def _bring_again(self, part: PooledKeys, slots: Tensor, _grads: Any) -> None:
-        """Bring the rows of a part in for its update. They may lie in other slots this time."""
+    def bring_again(self, part: PooledKeys, slots: Tensor) -> PlannedLookup:
+        """Bring the rows of a part in for its update. They may lie in other slots this time.
+
+        Args:
+            part: of a batch that was looked up in parts.
+            slots: int64 ``[N]``, of each occurrence; mutated.
+
+        Returns:
+            What :meth:`end_update` is given then.
+        """
         self._release()  # the part that was updated before this one
         lookup = self._scratchpad.plan(lambda: part, train=True, ahead=False)
         # Autograd has saved the slots for the TBE's backward, and would notice `slots.copy_`.
-        slots.data.copy_(self._scratchpad.wait(lookup))
+        slots.data.copy_(self._scratchpad.wait(lookup).slots)
         self._scratchpad.begin_update(lookup)
         self._updated.append(lookup)
+        return lookup
 
     def flush(self) -> None:
         """Write all rows back, before the store is read or changed from outside."""
         self._release()
         self._scratchpad.flush()
 
-    def _plan(self, ids: Tensor, offsets: Tensor, *, train: bool, ahead: bool) -> _Ahead:
+    def _plan(
+        self, ids: Tensor, offsets: Tensor, *, train: bool, ahead: bool
+    ) -> tuple[PlannedLookup, Tensor]:
+        """The plan of a batch, and what will hold its ids out of range."""
         ranges = self._ranges  # the thread that makes the bags must not keep the tables alive
         out_of_range = torch.zeros(len(ranges), dtype=torch.int64)
+        fetched = self._memory.fetch([ids, offsets])
 
         def make_bags() -> PooledKeys:
-            long = ids.long().contiguous(), offsets.long().contiguous()
-            return pool_keys(*long, ranges, out_of_range)
+            long = [tensor.long().contiguous() for tensor in fetched()]
+            return pool_keys(long[0], long[1], ranges, out_of_range)
 
-        version, of_bags = _version(ids), offsets.clone()
         lookup = self._scratchpad.plan(make_bags, train=train, ahead=ahead)
-        return _Ahead(ids, version, of_bags, out_of_range, lookup)
+        return lookup, out_of_range
 
-    def _take(self, ids: Tensor, offsets: Tensor) -> _Ahead | None:
+    def _take(self, ids: Tensor, bags: Tensor) -> tuple[PlannedLookup, Tensor] | None:
         """The plan of a batch that was looked ahead for; those before it have been left out."""
-        if not any(ahead.is_of(ids, offsets) for ahead in self._ahead):
+        if not any(ahead.is_of(ids, bags) for ahead in self._ahead):
             return None
-        while not self._ahead[0].is_of(ids, offsets):
+        while not self._ahead[0].is_of(ids, bags):
             self._scratchpad.release(self._ahead.popleft().lookup)
-        return self._ahead.popleft()
+        ahead = self._ahead.popleft()
+        return ahead.lookup, ahead.out_of_range
 
     def _release(self) -> None:
         """Let go of the rows of batches that are updated, or whose graph is gone.
@@ -275,43 +359,3 @@ class LookaheadBags(nn.Module):
             gc.collect()
             self._release()
         return len(self._to_update) < before
-
-
-def split_by_table(
-    bags: PooledKeys, features: Sequence[int], num_slots: int, error: ScratchpadFullError
-) -> Iterator[PooledKeys]:
-    """Cut a batch into parts of whole tables, whose rows fit the slots.
-
-    Args:
-        bags: of all features.
-        features: of each table; a table's are neighbours.
-        num_slots: distinct rows that a part may have.
-        error: what to raise if a table has more.
-    """
-    num_features = sum(features)
-    feature_of_bag = torch.arange(len(bags.offsets) - 1) % num_features
-    lengths = bags.offsets.diff()
-    feature = feature_of_bag.repeat_interleave(lengths)
-    first = 0
-    taken: list[int] = []  # distinct rows of each table of the part
-    ends = list(itertools.accumulate(features))
-    for number, end in enumerate(ends):
-        begin = end - features[number]
-        rows = len(bags.keys[(feature >= begin) & (feature < end)].unique())
-        if rows > num_slots:
-            raise error
-        if sum(taken) + rows > num_slots:
-            yield _features_from_to(bags, feature, feature_of_bag, first, begin)
-            first, taken = begin, []
-        taken.append(rows)
-    yield _features_from_to(bags, feature, feature_of_bag, first, num_features)
-
-
-def _features_from_to(
-    bags: PooledKeys, feature: Tensor, feature_of_bag: Tensor, begin: int, end: int
-) -> PooledKeys:
-    inside = (feature >= begin) & (feature < end)
-    bag_inside = (feature_of_bag >= begin) & (feature_of_bag < end)
-    offsets = torch.zeros(int(bag_inside.sum()) + 1, dtype=torch.int64)
-    torch.cumsum(bags.offsets.diff()[bag_inside], 0, out=offsets[1:])
-    return PooledKeys(bags.keys[inside], offsets, bags.source[inside])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from torchrec_cafe.ops import PooledKeys
+from torchrec_cafe.tables.device_streams import Mark
+from torchrec_cafe.tables.slot_memory import PlacedBags
 
 
 class ScratchpadFullError(RuntimeError):
@@ -74,7 +76,9 @@ class PlannedLookup:
         number: of the batch.
         ahead: whether it is looked up later, and can be planned until then.
         bags: the row of each occurrence, when it is announced.
-        slots: int64 ``[N]``, slot of each occurrence, when it is ready.
+        placed: the slot of each occurrence, when it is planned.
+        ready: when the rows are in their slots.
+        done: when the training has no use for them any more; set whenever it has used them.
         refused: why it will never be ready.
     """
 
@@ -83,7 +87,9 @@ class PlannedLookup:
     number: int
     ahead: bool
     bags: PooledKeys | None = None
-    slots: Tensor | None = None
+    placed: PlacedBags | None = None
+    ready: Mark | None = None
+    done: Mark | None = None
     refused: Exception | None = None
     # What the mover knows: distinct rows, the position of each occurrence among them, their slots.
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import final
-
-from torch import Tensor
 
 from torchrec_cafe.ops import (
     SlotMapState,
@@ -29,6 +27,7 @@ from torchrec_cafe.tables.planned_lookup import (
     ScratchpadFullError,
 )
 from torchrec_cafe.tables.row_store import RowStore
+from torchrec_cafe.tables.slot_memory import PlacedBags, SlotMemory
 
 
 @final
@@ -40,10 +39,10 @@ class RowMover:
         statistics: what it has done.
     """
 
-    def __init__(self, slots: Sequence[Tensor], store: RowStore, name: str) -> None:
-        self.state = SlotMapState.empty(len(slots[0]))
+    def __init__(self, memory: SlotMemory, store: RowStore, name: str) -> None:
+        self.state = SlotMapState.empty(memory.num_slots)
         self.statistics = LookaheadStatistics()
-        self._slots = slots
+        self._memory = memory
         self._store = store
         self._name = name
         self._changed = threading.Condition()
@@ -51,7 +50,7 @@ class RowMover:
         self._new: list[PlannedLookup] = []  # to be announced
         self._waiting: list[PlannedLookup] = []  # announced, to be planned
         self._planned: list[PlannedLookup] = []  # planned, not released
-        self._released: list[Tensor] = []  # slots to let go of
+        self._released: list[PlannedLookup] = []  # whose slots are to be let go of
         self._asked: list[Callable[[], None]] = []
         self._urgent: PlannedLookup | None = None
         self._may_plan = True  # something has changed since planning has failed
@@ -74,15 +73,15 @@ class RowMover:
             self._new.append(lookup)
             self._changed.notify_all()
 
-    def wait(self, lookup: PlannedLookup) -> Tensor:
-        """Wait until a batch is planned and its rows are in their slots."""
+    def wait(self, lookup: PlannedLookup) -> PlacedBags:
+        """Wait until a batch is planned and its rows are on their way to their slots."""
         begin = time.perf_counter()
         with self._changed:
-            if lookup.slots is None:
+            if lookup.placed is None:
                 self._urgent = lookup
                 self._changed.notify_all()
                 try:
-                    while not (lookup.slots is not None or lookup.refused or self._has_ended()):
+                    while not (lookup.placed or lookup.refused or self._has_ended()):
                         self._changed.wait()
                 finally:
                     self._urgent = None
@@ -96,8 +95,8 @@ class RowMover:
             self.statistics.hits += len(lookup.rows) - lookup.fills
             if not lookup.ahead:
                 self.statistics.critical_misses += lookup.fills
-        assert lookup.slots is not None
-        return lookup.slots
+        assert lookup.placed is not None
+        return lookup.placed
 
     def release(self, lookup: PlannedLookup) -> None:
         """Have the slots of a batch released, at once or as soon as it has some."""
@@ -107,15 +106,14 @@ class RowMover:
                 self._changed.notify_all()
 
     def _let_go(self, lookup: PlannedLookup) -> None:
-        assert lookup.held is not None
         self._planned.remove(lookup)
-        self._released.append(lookup.held)
+        self._released.append(lookup)
         self._may_plan = True
 
     def ask(self, task: Callable[[], None]) -> None:
         """Have something done between two moves, and wait for it."""
         if self._thread is None:
-            return  # there are no rows yet
+            return task()
         with self._changed:
             self._raise()
             self._asked.append(task)
@@ -247,7 +245,7 @@ class RowMover:
         postpone_rows(lookup.rows, lookup.held, self.state)
         with self._changed:
             self._planned.remove(lookup)
-            lookup.slots = lookup.held = None
+            lookup.placed = lookup.held = None
             self._may_plan = True
             self._waiting.append(lookup)
             self._waiting.sort(key=lambda waiting: waiting.number)
@@ -257,19 +255,24 @@ class RowMover:
         with self._changed:
             released, self._released = self._released, []
             live = [other.number for other in (*self._waiting, *self._planned)]
-        for held in released:
-            release_slots(held, self.state)
+        for other in released:
+            assert other.held is not None
+            self._memory.wait_for(other.done)
+            release_slots(other.held, self.state)
         plan = plan_slots(
             lookup.rows, self.state, oldest=min(live), urgent=urgent, train=lookup.train
         )
         if plan.shortage > 0:
             return plan.shortage
         out, into = (plan.spill_rows, plan.spill_slots), (plan.fill_rows, plan.fill_slots)
-        self._store.exchange(self._slots, out, into)
+        self._memory.exchange(self._store, out, into)
+        assert lookup.bags is not None
         slots = slots_of_occurrences(plan.found, lookup.positions)
+        placed = self._memory.place(slots, lookup.bags.offsets)
+        ready = self._memory.moved()
         with self._changed:
             self._count(lookup, len(plan.fill_rows), len(plan.spill_rows))
-            lookup.held, lookup.slots = plan.found, slots
+            lookup.held, lookup.placed, lookup.ready = plan.found, placed, ready
             self._waiting.remove(lookup)
             self._planned.append(lookup)
             self._may_plan = True  # the next one has not been tried
@@ -302,6 +305,7 @@ class RowMover:
         Args:
             write_back: whether to write all slots that differ from the store before.
         """
+        self._memory.settle()  # updates are in the slots
         if write_back:
             self._write_back()
         self._paused = True
@@ -309,7 +313,7 @@ class RowMover:
     def _write_back(self) -> None:
         rows, states = self.state.slots.unbind(1)
         dirty = ((rows >= 0) & (states & DIRTY > 0)).nonzero().squeeze(1)
-        self._store.write(rows[dirty], self._slots, dirty)
+        self._memory.spill(self._store, rows[dirty], dirty)
         self.statistics.bytes_out += len(dirty) * self._store.row_bytes
         # Slots of planned batches have yet to change.
         states[dirty[states[dirty] < HOLD]] &= ~DIRTY
@@ -321,8 +325,13 @@ class RowMover:
 
     def read_anew(self) -> None:
         """Read all rows that lie in slots, and go on."""
+        self._memory.settle()  # what others have asked a device to do with the store is done
         rows = self.state.slots[:, 0]
         held = (rows >= 0).nonzero().squeeze(1)
-        self._store.read(rows[held], self._slots, held)
+        self._memory.fill(self._store, rows[held], held)
         self.statistics.bytes_in += len(held) * self._store.row_bytes
+        ready = self._memory.moved()
+        with self._changed:
+            for lookup in self._planned:
+                lookup.ready = ready
         self._paused = False

@@ -21,6 +21,8 @@ from torchrec_cafe.ops import advise_huge_pages, copy_rows, read_rows, write_row
 
 #: What O_DIRECT moves, at least.
 BLOCK_BYTES = 512
+#: Rows in memory that are worth a thread.
+ROWS_PER_THREAD = 2048
 
 
 class RowStore(ABC):
@@ -94,28 +96,42 @@ class MemoryStore(RowStore):
 
     Args:
         num_rows: R.
-        like: tensors whose columns and dtypes the rows have; states start at the value of the
-            first element.
+        like: tensors whose columns and dtypes the rows have, on any device; weights start at 0,
+            states at the value of the first element.
+        num_threads: that copy rows, >= 1. The training has use for the cores of a machine without
+            a GPU.
     """
 
-    def __init__(self, num_rows: int, like: Sequence[Tensor]) -> None:
+    def __init__(self, num_rows: int, like: Sequence[Tensor], *, num_threads: int = 1) -> None:
         """Allocate; see the class."""
+        self._num_threads = num_threads
+        self._copiers = ThreadPoolExecutor(num_threads, thread_name_prefix="rows in memory")
         self.tensors = [
             torch.empty((num_rows, *tensor.shape[1:]), dtype=tensor.dtype) for tensor in like
         ]
         for tensor in self.tensors:  # before they are first written
             advise_huge_pages(tensor)
-        _start(self.tensors, like)
+        self.tensors[0].zero_()
+        _start(self.tensors[1:], like[1:])
 
     def read(self, rows: Tensor, into: Sequence[Tensor], at: Tensor) -> None:
         """See :meth:`RowStore.read`."""
         for tensor, target in zip(self.tensors, into, strict=True):
-            copy_rows(target, at, tensor, rows)
+            self._copy(target, at, tensor, rows)
 
     def write(self, rows: Tensor, source: Sequence[Tensor], at: Tensor) -> None:
         """See :meth:`RowStore.write`."""
         for tensor, given in zip(self.tensors, source, strict=True):
-            copy_rows(tensor, rows, given, at)
+            self._copy(tensor, rows, given, at)
+
+    def _copy(self, into: Tensor, into_rows: Tensor, source: Tensor, rows: Tensor) -> None:
+        parts = max(1, min(self._num_threads, len(rows) // ROWS_PER_THREAD))
+        if parts == 1:
+            return copy_rows(into, into_rows, source, rows)
+        numbers = zip(into_rows.tensor_split(parts), rows.tensor_split(parts), strict=True)
+        copied = [self._copiers.submit(copy_rows, into, to, source, of) for to, of in numbers]
+        for part in copied:
+            part.result()
 
     def sync(self) -> None:
         """Nothing: memory does not survive."""
@@ -253,4 +269,4 @@ def _pass_by_page_cache(file: int, rows: Tensor) -> None:
 def _start(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
     for tensor, pattern in zip(tensors, like, strict=True):
         if pattern.numel():
-            tensor.fill_(pattern.flatten()[0])
+            tensor.fill_(pattern.flatten()[0].item())

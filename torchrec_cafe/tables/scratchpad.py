@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import final
-
-from torch import Tensor
 
 from torchrec_cafe.ops import PooledKeys
 from torchrec_cafe.tables.planned_lookup import LookaheadStatistics, PlannedLookup
 from torchrec_cafe.tables.row_mover import RowMover
 from torchrec_cafe.tables.row_store import RowStore
+from torchrec_cafe.tables.slot_memory import PlacedBags, SlotMemory
 
 
 @final
 class Scratchpad:
     """Keeps rows of a store in slots while they are needed.
 
-    All methods are called by one thread, that of the training.
+    All methods are called by the training, one at a time: by its thread, or by autograd's while
+    that one waits for a backward pass.
 
     Args:
-        slots: tensors ``[S, ...]`` that hold rows and optimizer states, weights first.
+        memory: the slots.
         store: holds the rest.
         name: of the tables, for messages.
     """
 
-    def __init__(self, slots: Sequence[Tensor], store: RowStore, name: str) -> None:
+    def __init__(self, memory: SlotMemory, store: RowStore, name: str) -> None:
         """Start with empty slots; see the class."""
-        self._mover = RowMover(slots, store, name)
-        self._stale = False
+        self._memory = memory
+        self._mover = RowMover(memory, store, name)
+        self._stale = True  # a device may still be at setting the rows
         self._clean = True
         self._next = 0
         self._close = weakref.finalize(self, self._mover.close)
@@ -66,14 +67,14 @@ class Scratchpad:
         self._mover.submit(lookup)
         return lookup
 
-    def wait(self, lookup: PlannedLookup) -> Tensor:
-        """Wait until the rows of a batch are in their slots.
+    def wait(self, lookup: PlannedLookup) -> PlacedBags:
+        """Wait until the rows of a batch are in their slots, as far as the caller's work can see.
 
         Args:
             lookup: of :meth:`plan`; mutated.
 
         Returns:
-            int64 ``[N]``, slot of each occurrence. They are the batch's until it is released.
+            Slots of the batch, its own until it is released.
 
         Raises:
             ScratchpadFullError: if the batch has more rows than slots can be had for.
@@ -81,7 +82,17 @@ class Scratchpad:
             OSError: if the store cannot be read or written.
         """
         self.refresh()
-        return self._mover.wait(lookup)
+        placed = self._mover.wait(lookup)
+        self._memory.meet(lookup.ready, placed)
+        return placed
+
+    def mark_used(self, lookup: PlannedLookup) -> None:
+        """Note that a lookup or an update of the rows of a batch has been asked for.
+
+        Args:
+            lookup: of a batch that was waited for; mutated: its rows stay until this is done.
+        """
+        lookup.done = self._memory.used()
 
     def begin_update(self, lookup: PlannedLookup) -> None:
         """Note that the rows of a batch are about to change.
@@ -90,6 +101,8 @@ class Scratchpad:
             lookup: of a batch that was waited for; mutated.
         """
         self.refresh()
+        assert lookup.placed is not None  # it was waited for
+        self._memory.meet(lookup.ready, lookup.placed)  # rows may have been read anew since
         self._clean = False
         if not lookup.train:
             lookup.train = True

@@ -1,0 +1,97 @@
+"""What we rely on of FBGEMM without its promise still exists and means what we think."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    CounterBasedRegularizationDefinition,
+    GlobalWeightDecayDefinition,
+    WeightDecayMode,
+)
+
+from torchrec_cafe.tables import SlotTBE
+
+
+def slots(**fused_params: Any) -> SlotTBE:
+    return SlotTBE(
+        10,
+        8,
+        weights_precision=SparseType.FP32,
+        device=torch.device("cpu"),
+        fused_params={"learning_rate": 1.0, **fused_params},
+    )
+
+
+def test_counters_of_rows_are_noticed():
+    assert not slots(optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD).counts_by_row
+    rowwise: dict[str, Any] = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "weight_decay": 0.1}
+    counters = CounterBasedRegularizationDefinition()
+    mode = WeightDecayMode.COUNTER
+    tbe = slots(weight_decay_mode=mode, counter_based_regularization=counters, **rowwise)
+    assert tbe.counts_by_row
+    steps = {"global_weight_decay": GlobalWeightDecayDefinition()}
+    tbe = slots(weight_decay_mode=WeightDecayMode.DECOUPLE_GLOBAL, **steps, **rowwise)
+    assert tbe.counts_by_row
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD],
+)
+def test_updates_that_do_not_count_lookups(optimizer: EmbOptimType):
+    tbe = slots(optimizer=optimizer)
+    assert not tbe.counts_lookups
+    ids, offsets = torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3])
+    weights = []
+    for idle in (0, 5):
+        tbe = slots(optimizer=optimizer)
+        for _ in range(idle):
+            tbe.pool(ids, offsets, None)
+        tbe.pool(ids, offsets, None).sum().backward()
+        weights.append(tbe.physical_tensors()[0])
+    assert torch.equal(*weights)
+
+
+def test_hooks_run_right_before_and_after_the_update():
+    tbe = slots(optimizer=EmbOptimType.EXACT_SGD)
+    pooled = tbe.pool(torch.tensor([1]), torch.tensor([0, 1]), None)
+    seen = []
+    node: Any = pooled.grad_fn
+    node.register_prehook(lambda _: seen.append(tbe.physical_tensors()[0][1].clone()))
+    node.register_hook(lambda *_: seen.append(tbe.physical_tensors()[0][1].clone()))
+    pooled.sum().backward()
+    assert seen[0].eq(0).all()
+    assert seen[1].eq(-1).all()
+
+
+def test_indices_that_change_before_the_update_move_it():
+    tbe = slots(optimizer=EmbOptimType.EXACT_SGD)
+    ids = torch.tensor([1])
+    pooled = tbe.pool(ids, torch.tensor([0, 1]), None)
+    ids.data.copy_(torch.tensor([4]))
+    pooled.sum().backward()
+    assert tbe.physical_tensors()[0][4].eq(-1).all()
+    assert tbe.physical_tensors()[0][1].eq(0).all()
+
+
+@pytest.mark.cuda
+def test_the_same_on_a_gpu():
+    device = torch.device("cuda", 0)
+    options: dict[str, Any] = {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 1.0}
+    tbe = SlotTBE(10, 8, weights_precision=SparseType.FP32, device=device, fused_params=options)
+    tbe.physical_tensors()[0].zero_()
+    ids = torch.tensor([1], device=device)
+    pooled = tbe.pool(ids, torch.tensor([0, 1], device=device), None)
+    streams, stream = [], torch.cuda.current_stream(device)
+    node: Any = pooled.grad_fn
+    node.register_prehook(lambda _: streams.append(torch.cuda.current_stream(device)))
+    node.register_hook(lambda *_: streams.append(torch.cuda.current_stream(device)))
+    ids.data.copy_(torch.tensor([4]))
+    pooled.sum().backward()
+    assert streams == [stream, stream]
+    assert tbe.physical_tensors()[0][4].eq(-1).all()
+    assert tbe.physical_tensors()[0][1].eq(0).all()
