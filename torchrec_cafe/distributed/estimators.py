@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner.estimator import (
@@ -27,9 +27,6 @@ from torchrec.distributed.types import ShardingType
 from torchrec_cafe.distributed._torchrec import default_backward_compute, default_forward_compute
 from torchrec_cafe.distributed.lookup_cost import LookupCost
 from torchrec_cafe.distributed.planned_bytes import PlannedTable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 #: Name of :class:`KindPerfConfig` in TorchRec's registry of hardware configurations.
 PERF_CONFIG = "torchrec_cafe"
@@ -65,14 +62,14 @@ class KindPerfConfig(EmbeddingPerfEstimatorConfig):
         """Milliseconds of a shard's lookups."""
         default = default_forward_compute(ctx, self)
         cost = self.costs.get(ctx.table_name)
-        return default if cost is None else default * cost.forward(*_row(ctx))
+        return default if cost is None else default * cost.factor(ctx.batch_inputs)
 
     @backward_compute
     def lookup_backward(self, ctx: ShardPerfContext) -> float:
         """Milliseconds of a shard's gradients and updates."""
         default = default_backward_compute(ctx, self)
         cost = self.costs.get(ctx.table_name)
-        return default if cost is None else default * cost.backward(*_row(ctx))
+        return default if cost is None else default * cost.factor(ctx.batch_inputs)
 
     def get_device_bw(self, compute_device: str, compute_kernel: str, *args: Any, **kw: Any) -> Any:
         """As TorchRec's; our own kernel is as fast as a fused one."""
@@ -92,12 +89,6 @@ def _annotated(config: type[KindPerfConfig]) -> list[str]:
         for name in dir(config)
         if any(key.startswith("_is_") for key in getattr(getattr(config, name), "__dict__", ()))
     ]
-
-
-def _row(ctx: ShardPerfContext) -> tuple[float, float]:
-    """Bytes of a row, and mean lookups of a bag."""
-    pooling = ctx.batch_inputs / ctx.batch_outputs if ctx.batch_outputs else 1.0
-    return ctx.emb_dim * ctx.table_data_type_size, max(1.0, pooling)
 
 
 class KindStorageEstimator(ShardEstimator):
@@ -151,6 +142,19 @@ def _set_rows(option: ShardingOption, table: PlannedTable) -> None:
         first += rows
 
 
-def planned_costs(tables: Iterable[tuple[str, PlannedTable]]) -> dict[str, LookupCost]:
-    """What lookups cost, by table."""
-    return {name: LookupCost.of(table.group.kind) for name, table in tables}
+def planned_costs(tables: Mapping[str, PlannedTable], topology: Topology) -> dict[str, LookupCost]:
+    """What lookups cost, by table.
+
+    Args:
+        tables: by name.
+        topology: of the plan.
+    """
+    return {
+        name: LookupCost.of(
+            table.group.kind,
+            on_cpu=topology.compute_device == "cpu",
+            slots=max(table.slots),
+            batches=topology.world_size / len(table.slots),
+        )
+        for name, table in tables.items()
+    }

@@ -1,9 +1,9 @@
-"""What a kind adds to a lookup of a plain table, in bytes that a lookup reads or writes.
+"""How much longer a lookup of a kind takes than one of a plain table.
 
-TorchRec's estimates of time are bytes over bandwidth. So are these, to be comparable: rows count as
-they are, and what hashing, sketch and weights cost is expressed in the bytes that take as long. The
-figures are fitted to steps measured on a CPU (``python -m benchmarks.plan_times``); on CUDA, where
-nothing has been measured yet, the same are assumed.
+The figures are what a step of a kind took over one of plain tables, forward, backward and update,
+on one thread of a CPU: means over dims 16 to 128, 1 and 20 ids a bag (``python -m
+benchmarks.plan_times``). Compressed tables can be faster there than plain ones, because they lie in
+caches. On CUDA nothing has been measured yet: the same is assumed, but nothing faster than plain.
 """
 
 from __future__ import annotations
@@ -12,73 +12,65 @@ from dataclasses import dataclass
 
 from torchrec_cafe.config import Cafe, Hash, Lookahead, MemRec, QuotientRemainder, TableKind
 
+# A batch is planned while the two before it are in use: their rows must be in slots, too.
+_BATCHES_IN_SLOTS = 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class LookupCost:
-    """The cost of a lookup beyond that of a row of a plain table.
+    """What lookups of a table cost.
 
     Attributes:
-        rows: rows looked up for an id.
-        forward_bytes: of an id, in the forward pass.
-        backward_bytes: of an id, in the backward pass.
-        bag_bytes: of a bag, in the backward pass.
-        bag_rows: rows' worth of work for a bag, in the backward pass.
+        times: as long as those of a plain table.
+        slots: of a rank, of a table whose rows lie in files; 0 for all others.
+        batches: of a rank's size that a rank looks up: those of all ranks that send it ids.
     """
 
-    rows: float = 1.0
-    forward_bytes: float = 0.0
-    backward_bytes: float = 0.0
-    bag_bytes: float = 0.0
-    bag_rows: float = 0.0
+    times: float
+    slots: int = 0
+    batches: float = 1.0
 
     @classmethod
-    def of(cls, kind: TableKind) -> LookupCost:
+    def of(
+        cls, kind: TableKind, *, on_cpu: bool, slots: int = 0, batches: float = 1.0
+    ) -> LookupCost:
         """The cost of a kind.
 
         Args:
             kind: any of the kinds.
+            on_cpu: whether the compute device is the CPU.
+            slots: of a rank, of a look-ahead table.
+            batches: see the class.
         """
-        if isinstance(kind, Cafe):
-            # Some ids look up a second row; the sketch is read, then learns a norm per bag.
-            factors = kind.weight_hashes
-            return cls(
-                rows=1.0 + kind.medium_fraction / 2,
-                forward_bytes=96 + 24 * factors,
-                backward_bytes=64 + 32 * factors,
-                bag_bytes=64,
-                bag_rows=0.25 + (0.5 if factors else 0.0),
-            )
-        if isinstance(kind, MemRec):
-            return cls(
-                rows=kind.num_hashes,
-                forward_bytes=48 * kind.num_hashes + 24 * kind.num_weight_hashes,
-                backward_bytes=48 * kind.num_hashes + 32 * kind.num_weight_hashes,
-                bag_rows=0.5,
-            )
-        if isinstance(kind, QuotientRemainder):
-            return cls(rows=2.0, forward_bytes=32)
-        if isinstance(kind, Lookahead):
-            return cls(forward_bytes=32 if kind.path is None else 4096)
-        assert isinstance(kind, Hash)
-        return cls(forward_bytes=16)
+        times = _times(kind)
+        in_files = isinstance(kind, Lookahead) and kind.path is not None
+        return cls(
+            times=times if on_cpu else max(1.0, times),
+            slots=slots if in_files else 0,
+            batches=batches,
+        )
 
-    def forward(self, row_bytes: float, pooling: float) -> float:
-        """How many times as long as a plain table's forward pass.
+    def factor(self, lookups: float) -> float:
+        """As long as a plain table's, for so many lookups.
 
         Args:
-            row_bytes: of a row, > 0.
-            pooling: mean lookups of a bag, >= 1; a bag's row is written once.
+            lookups: of a rank's batch.
         """
-        plain = row_bytes * (1 + 1 / pooling)
-        return (row_bytes * (self.rows + 1 / pooling) + self.forward_bytes) / plain
+        if self.slots == 0:
+            return self.times
+        # Rows that do not stay in slots from batch to batch come and go by the disk.
+        needed = max(1.0, _BATCHES_IN_SLOTS * lookups * self.batches)
+        return self.times + 60.0 * max(0.0, 1.0 - self.slots / needed)
 
-    def backward(self, row_bytes: float, pooling: float) -> float:
-        """How many times as long as a plain table's backward pass.
 
-        Args:
-            row_bytes: of a row, > 0.
-            pooling: mean lookups of a bag, >= 1.
-        """
-        plain = row_bytes * (1 + 1 / pooling)
-        bag = (self.bag_bytes + self.bag_rows * row_bytes) / pooling
-        return (row_bytes * (self.rows + 1 / pooling) + self.backward_bytes + bag) / plain
+def _times(kind: TableKind) -> float:
+    if isinstance(kind, Cafe):
+        return 0.9 + 0.12 * kind.weight_hashes
+    if isinstance(kind, MemRec):
+        return 0.8 + 0.4 * (kind.num_hashes - 1) + 0.09 * kind.num_weight_hashes
+    if isinstance(kind, QuotientRemainder):
+        return 0.9
+    if isinstance(kind, Lookahead):
+        return 1.0 if kind.path is None else 1.1
+    assert isinstance(kind, Hash)
+    return 0.55

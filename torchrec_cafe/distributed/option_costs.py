@@ -19,9 +19,12 @@ from torchrec_cafe.config import Auto, TableKind
 from torchrec_cafe.distributed._torchrec import partition_by, sharder_data_of
 from torchrec_cafe.distributed.constraints import ParameterConstraints
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
-from torchrec_cafe.distributed.estimators import KindPerfConfig, KindStorageEstimator
+from torchrec_cafe.distributed.estimators import (
+    KindPerfConfig,
+    KindStorageEstimator,
+    planned_costs,
+)
 from torchrec_cafe.distributed.grouping import ranks_of_a_table, table_shape
-from torchrec_cafe.distributed.lookup_cost import LookupCost
 from torchrec_cafe.distributed.optimizers import optimizer_state
 from torchrec_cafe.distributed.option import TableOption
 from torchrec_cafe.distributed.planned_bytes import PlannedTable, plan_table
@@ -91,9 +94,7 @@ class OptionCosts:
     def _estimated(self, candidates: Sequence[Candidate]) -> list[ShardingOption]:
         tables = {c.config.name: self._planned(c) for c in candidates if c.kind is not None}
         self._storage.tables = tables
-        self._config.costs = {
-            name: LookupCost.of(table.group.kind) for name, table in tables.items()
-        }
+        self._config.costs = planned_costs(tables, self._topology)
         options = [self._option(c, tables.get(c.config.name)) for c in candidates]
         data = sharder_data_of(self._sharder)
         self._perf.estimate(options, sharder_data_map=data)

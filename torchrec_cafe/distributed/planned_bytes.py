@@ -27,6 +27,7 @@ class PlannedTable:
         device: bytes in the memory of the compute device: rows, sketch, maps, optimizer state.
         host: bytes in host memory besides; 0 if that is the compute device's.
         disk: bytes in files.
+        slots: of a look-ahead table on each of its ranks; 0 of others.
     """
 
     group: CompressedGroup
@@ -34,6 +35,7 @@ class PlannedTable:
     device: tuple[int, ...]
     host: tuple[int, ...]
     disk: tuple[int, ...]
+    slots: tuple[int, ...]
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -82,7 +84,7 @@ def plan_table(
             for number, (begin, end) in enumerate(pairwise(bounds)):
                 parts[number] += (end - begin) * (row_bytes + dim_state)
     nothing = (0,) * len(parts)
-    return PlannedTable(group, row_bytes, tuple(parts), nothing, nothing)
+    return PlannedTable(group, row_bytes, tuple(parts), nothing, nothing, nothing)
 
 
 def _share(group: CompressedGroup, table: CompressedTable) -> float:
@@ -118,7 +120,7 @@ def _plan_lookahead(
     on_cpu: bool,
 ) -> PlannedTable:
     full_row = row_bytes + state.bytes_per_row
-    device, host, disk = [], [], []
+    device, host, disk, of_ranks = [], [], [], []
     for begin, end in pairwise(group.row_bounds(table, num_ranks)):
         rows = end - begin
         # Tables of a rank share its slots; which other tables a rank has is not known yet, but of
@@ -137,4 +139,6 @@ def _plan_lookahead(
         device.append(on_device + (in_memory if on_cpu else 0))
         host.append(0 if on_cpu else in_memory)
         disk.append(in_file)
-    return PlannedTable(group, row_bytes, tuple(device), tuple(host), tuple(disk))
+        of_ranks.append(math.ceil(slots))
+    bytes_ = tuple(device), tuple(host), tuple(disk)
+    return PlannedTable(group, row_bytes, *bytes_, tuple(of_ranks))

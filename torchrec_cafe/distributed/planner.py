@@ -255,7 +255,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             groups = group_tables(module, sharders, kinds, self._topology)
         planned = self._planned_tables(module, sharders, groups)
         self._storage_estimator.tables = planned
-        self._perf_config.costs = planned_costs(planned.items())
+        self._perf_config.costs = planned_costs(planned, self._topology)
         self._adapted.clear()
         self._adapted |= constraints
         self._adapted |= {name: constraint.physical() for name, constraint in kinds.items()}
