@@ -166,8 +166,7 @@ class OptionCosts:
         time = milliseconds if candidate.kind is None else max(milliseconds, plain * 1.0001)
         risk = priced = self._auto.risk(candidate.kind, table_shape(candidate.config))
         if priced is None:  # as if no lookup owned a row, and worse the more are shared
-            compression = table_shape(candidate.config).dense_bytes / (device * ranks)
-            priced = 1.0 + math.log10(max(1.0, compression))
+            priced = 1.0 + math.log10(getattr(candidate.kind, "compression", 1.0))
         return TableOption(
             kind=candidate.kind,
             sharding_type=candidate.sharding_type,
