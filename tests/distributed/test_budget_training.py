@@ -53,7 +53,7 @@ def _budgeted(folder: str) -> dict[str, Any]:
             "t_steep": statistics(0.95, SIZES["t_steep"]),
             "t_flat": statistics(0.05, SIZES["t_flat"]),
         },
-        risk_weight=100.0,
+        risk_weight=1.0,
     )
     planner = tc.EmbeddingShardingPlanner(
         topology=Topology(world_size=dist.get_world_size(), compute_device="cpu", ddr_cap=CAPACITY),
