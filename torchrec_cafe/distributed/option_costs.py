@@ -163,7 +163,11 @@ class OptionCosts:
         plain = min((o.milliseconds for o in before if o.kind is None), default=milliseconds)
         # TorchRec estimates sharding types by formulas of their own: no kind is to be chosen
         # because it can be sharded in a way that plain tables cannot.
-        time = milliseconds if candidate.kind is None else max(milliseconds, plain * 1.0001)
+        time = milliseconds
+        if candidate.kind is not None:
+            lookups = sum(option.input_lengths) * self._batch_size
+            times = self._config.costs[option.name].factor(lookups)
+            time = max(milliseconds, plain * max(1.0001, times))
         risk = priced = self._auto.risk(candidate.kind, table_shape(candidate.config))
         if priced is None:  # as if no lookup owned a row, and worse the more are shared
             priced = 1.0 + math.log10(getattr(candidate.kind, "compression", 1.0))
