@@ -7,6 +7,7 @@ import dataclasses
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,17 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder as TorchRecSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner as TorchRecPlanner
 from torchrec.distributed.planner import Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.partitioners import MemoryBalancedPartitioner
+from torchrec.distributed.planner.perf_models import NoopStorageModel
+from torchrec.distributed.planner.proposers import (
+    DynamicProgrammingProposer,
+    GreedyProposer,
+    GridSearchProposer,
+    UniformProposer,
+)
+from torchrec.distributed.planner.stats import EmbeddingStats
 from torchrec.distributed.planner.types import ParameterConstraints as TorchRecConstraints
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
@@ -307,3 +319,56 @@ def test_look_ahead_tables_are_planned_at_their_size(sharding_type):
             models.SIZES[name] * 32 + share * 100, abs=rounding
         )
         assert sum(on_cpu.device) == sum(on_cuda.device) + sum(on_cuda.host)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"partitioner": MemoryBalancedPartitioner()},
+        {"proposer": GreedyProposer()},
+        {"proposer": [UniformProposer(), GreedyProposer(use_depth=False)]},
+        {"proposer": DynamicProgrammingProposer(), "device": "cuda"},  # of HBM only
+        {"proposer": GridSearchProposer(), "performance_model": NoopStorageModel},
+        {"stats": [EmbeddingStats()], "debug": True},
+    ],
+    ids=str,
+)
+def test_torchrecs_proposers_partitioners_and_stats_work(options: dict[str, Any]):
+    options = dict(options)
+    topology = Topology(world_size=2, compute_device=options.pop("device", "cpu"))
+    if "performance_model" in options:
+        options = options | {"performance_model": options["performance_model"](topology)}
+    planner = tc.EmbeddingShardingPlanner(
+        topology=topology, constraints=models.constraints(), **({"debug": False} | options)
+    )
+    entries = planner.plan(models.collection(), [models.sharder()]).plan[""]
+    assert isinstance(entries["t_big"], CompressedParameterSharding)
+    assert planner.report is not None
+    kept = {row.table: row.kept for row in planner.report.rows}
+    assert kept["t_big"] == str(models.CAFE)
+    assert kept["t_fused"] == "fused"
+    assert "rank 0: " in str(planner.report)
+
+
+def test_an_enumerator_of_ones_own_sees_the_bytes():
+    topology = Topology(world_size=2, compute_device="cpu")
+    constraints: dict[str, Any] = {"t_big": tc.ParameterConstraints(table=models.CAFE)}
+    enumerator = EmbeddingEnumerator(topology=topology, batch_size=8, constraints=constraints)
+    planner = tc.EmbeddingShardingPlanner(
+        topology=topology, constraints=constraints, enumerator=enumerator, debug=False
+    )
+    entry = planner.plan(models.collection(), [models.sharder()]).plan[""]["t_big"]
+    assert isinstance(entry, CompressedParameterSharding)
+    assert planner.report is not None
+    row = next(row for row in planner.report.rows if row.table == "t_big")
+    assert row.device_bytes < row.dense_bytes
+
+
+def test_our_configuration_is_registered_and_knows_our_kernel():
+    topology = Topology(world_size=2, compute_device="cpu")
+    estimator = EmbeddingPerfEstimatorFactory.create("torchrec_cafe", topology=topology)
+    bandwidths = [
+        estimator.config.get_device_bw("cpu", kernel, 1.0, 2.0, 3.0, 4.0)
+        for kernel in ("fused", "customized_kernel")
+    ]
+    assert bandwidths == [2.0, 2.0]

@@ -59,11 +59,13 @@ class PlanReport:
     milliseconds: float
     #: Most rows that are printed; the rest are summed up.
     max_printed: int = field(default=200, repr=False)
+    #: Most ranks whose bytes are printed one by one.
+    max_ranks: int = field(default=16, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
         values = dataclasses.asdict(self)
-        del values["max_printed"]
+        del values["max_printed"], values["max_ranks"]
         for row in values["rows"]:
             row["ranks"] = _ranges(row["ranks"])
         return values
@@ -99,7 +101,18 @@ class PlanReport:
             f"{len(self.device_bytes_of_ranks)} ranks (most on one: {human_bytes(most)} of "
             f"{human_bytes(self.device_limit)}), {human_bytes(host)} of host memory besides; "
             f"{self.milliseconds:.3g} ms a step estimated for the slowest rank",
+            *self._by_rank(),
         ]
+
+    def _by_rank(self) -> list[str]:
+        if len(self.device_bytes_of_ranks) > self.max_ranks:
+            return []
+        of_ranks = zip(self.device_bytes_of_ranks, self.host_bytes_of_ranks, strict=True)
+        parts = [
+            f"rank {rank}: {human_bytes(device)}" + (f" and {human_bytes(host)}" if host else "")
+            for rank, (device, host) in enumerate(of_ranks)
+        ]
+        return ["; ".join(parts)]
 
 
 def _cells(row: PlannedRow) -> tuple[str, ...]:
