@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import nn
+from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner as TorchRecPlanner
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints as TorchRecConstraints
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
 import torchrec_cafe as tc
 from tests.distributed import models
 from tests.distributed.ranks import run_ranks
 from torchrec_cafe.distributed import BudgetError, CompressedParameterSharding
-from torchrec_cafe.distributed.option import TableOption, cheapest
 
 MIB = 2**20
 #: 256 MiB of plain tables
@@ -134,7 +135,7 @@ def test_the_smaller_the_budget_the_less_memory_and_the_more_risk():
 
 def test_a_budget_that_is_too_small_says_what_is_missing():
     with pytest.raises(
-        BudgetError, match=r"the tables do not fit: .* are missing at least"
+        BudgetError, match=r"no choice for the tables fits: .* are missing"
     ) as error:
         plan(planner(MIB // 9))
     assert error.value.device_missing > 0
@@ -232,61 +233,110 @@ def test_tables_without_auto_or_kind_are_torchrecs():
     assert ours.report is None
 
 
-# --- the search -----------------------------------------------------------------------------------
+def test_optimizer_state_of_plain_tables_is_counted():
+    """Two tables of 122 MiB fit 300 MiB with one value a row, and not with one a weight."""
+    sizes = {"t_one": 4_000_000, "t_two": 4_000_000}
+    kinds = []
+    for optimizer in (EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_ADAGRAD):
+        chosen = planner(300 * MIB, world_size=1)
+        entries = chosen.plan(models.collection(sizes), [models.sharder(optimizer)]).plan[""]
+        kinds.append([kind_of(entry) for entry in entries.values()])
+        assert chosen.report is not None
+        assert max(chosen.report.device_bytes_of_ranks) <= 300 * MIB
+    assert kinds[0] == [None, None]
+    assert kinds[1] != [None, None]
 
 
-def option(cost: float, device: int, host: int = 0) -> TableOption:
-    return TableOption(
-        kind=None,
-        sharding_type="table_wise",
-        compute_kernel="fused",
-        load_factor=None,
-        device_bytes=device,
-        host_bytes=host,
-        largest_shard=device,
-        largest_on_host=host,
-        milliseconds=cost,
-        risk=0.0,
-        cost=cost,
+def test_slots_hold_the_rows_of_a_batch(tmp_path: Path):
+    sizes = {"t_huge": 4_000_000}
+    auto = tc.Auto(
+        allow=(tc.Lookahead(path=str(tmp_path), min_slots=1),), cache_fractions=(0.0001, 0.01)
     )
-
-
-@given(
-    st.lists(
-        st.lists(st.tuples(st.integers(0, 50), st.integers(1, 40)), min_size=1, max_size=5),
-        min_size=1,
-        max_size=5,
-    ),
-    st.integers(1, 120),
-)
-@settings(max_examples=300, deadline=None)
-def test_a_choice_fits_if_any_does_and_is_nearly_the_cheapest(tables: Any, limit: int):
-    options = [[option(float(cost), size) for cost, size in of] for of in tables]
-    best = min(
-        (
-            sum(o.cost for o in choice)
-            for choice in itertools.product(*options)
-            if sum(o.device_bytes for o in choice) <= limit
-        ),
-        default=None,
+    chosen = tc.EmbeddingShardingPlanner(
+        topology=Topology(world_size=1, compute_device="cpu", ddr_cap=40 * MIB),
+        auto=auto,
+        batch_size=8192,
+        storage_reservation=FixedPercentageStorageReservation(percentage=0.0),
+        debug=False,
     )
-    if best is None:
-        with pytest.raises(BudgetError) as error:
-            cheapest(options, limit, 0)
-        least = sum(min(o.device_bytes for o in of) for of in options)
-        assert error.value.device_missing == least - limit
-        return
-    chosen = [of[i] for of, i in zip(options, cheapest(options, limit, 0), strict=True)]
-    assert sum(o.device_bytes for o in chosen) <= limit
-    # A greedy choice is off by no more than one table.
-    spread = max(max(o.cost for o in of) - min(o.cost for o in of) for of in options)
-    assert best <= sum(o.cost for o in chosen) <= best + 2 * spread
+    assert kind_of(plan(chosen, sizes)["t_huge"]).cache_fraction == 0.01
 
 
-def test_host_memory_is_a_limit_too():
-    exact_or_not = [option(0, 100), option(1, 10, host=100), option(5, 10)]
-    chosen = cheapest([exact_or_not] * 3, 30, 200)
-    assert sorted(chosen) == [1, 1, 2]
+def test_what_cannot_be_chosen_is_left_out():
+    """Adam is not for kinds on CPU; the pool must have a shard for each rank."""
+    few = tc.Auto(allow=(tc.Cafe(compression=1, num_shards=2), tc.Hash))
+    for entry in plan(planner(30 * MIB, few, world_size=4)).values():
+        assert not isinstance(kind_of(entry), tc.Cafe)
+    roomy = planner(600 * MIB, world_size=4)
+    entries = roomy.plan(models.collection(SIZES), [models.sharder(EmbOptimType.ADAM)]).plan[""]
+    assert all(kind_of(entry) is None for entry in entries.values())
+
+
+def test_nothing_to_choose_is_a_plan_too():
+    fixed = tc.ParameterConstraints(table=tc.Hash(compression=50))
+    entries = plan(planner(60 * MIB, constraints=dict.fromkeys(SIZES, fixed)))
+    assert all(kind_of(entry) == fixed.table for entry in entries.values())
+    whole: dict[str, Any] = {"t_small": TorchRecConstraints(sharding_types=["data_parallel"])}
+    assert plan(planner(600 * MIB, constraints=whole))["t_small"].sharding_type == "data_parallel"
+
+
+def test_collections_in_what_is_sharded_as_a_whole_are_torchrecs():
+    inner = models.collection({"t_inner": 4_000_000}, is_weighted=True)
+    processor = PositionWeightedModuleCollection({"f_inner": 10})
+    module = nn.ModuleDict(
+        {
+            "processed": FeatureProcessedEmbeddingBagCollection(inner, processor),
+            "plain": models.collection({"t_plain": 4_000_000}),
+        }
+    )
+    sharders: list[Any] = [models.sharder(), FeatureProcessedEmbeddingBagCollectionSharder()]
+    chosen = planner(150 * MIB, tc.Auto(stats={"t_plain": statistics(0.9)}), world_size=2)
+    entries = chosen.plan(module, sharders).plan
+    assert kind_of(entries["processed"]["t_inner"]) is None
+    assert "t_plain" in entries["plain"]
+
+
+def test_names_that_are_ambiguous_are_refused():
+    module = nn.ModuleList([models.collection(SIZES), models.collection(SIZES)])
+    with pytest.raises(ValueError, match="several collections have one of that name"):
+        planner(60 * MIB).plan(module, [models.sharder()])
+    fixed = tc.ParameterConstraints(table=tc.Hash(compression=50))
+    with pytest.raises(ValueError, match="table 't_huge': two collections have one of that name"):
+        models.planner({"t_huge": fixed}, 2).plan(module, [models.sharder()])
+
+
+def test_the_report_counts_a_pool_where_it_lies():
+    sizes = {f"t_{number}": 400_000 for number in range(6)}
+    constraint = tc.ParameterConstraints(
+        table=tc.Cafe(compression=10), sharding_types=["table_row_wise"]
+    )
+    chosen = tc.EmbeddingShardingPlanner(
+        topology=Topology(world_size=8, local_world_size=4, compute_device="cpu"),
+        constraints=dict.fromkeys(sizes, constraint),
+        batch_size=512,
+        debug=False,
+    )
+    entries = plan(chosen, sizes)
+    ranks = {rank for entry in entries.values() for rank in entry.ranks}
+    assert len(ranks) == 4
+    assert chosen.report is not None
+    used = [count > 0 for count in chosen.report.device_bytes_of_ranks]
+    assert used == [rank in ranks for rank in range(8)]
+
+
+def test_a_sharder_of_ones_own_is_asked():
+    class TableWise(tc.EmbeddingBagCollectionSharder):
+        def sharding_types(self, compute_device_type: str) -> list[str]:
+            return ["table_wise"]
+
+    constraint = tc.ParameterConstraints(table=tc.Hash(compression=50))
+    entries = (
+        models.planner({"t_huge": constraint}, 2)
+        .plan(models.collection(SIZES), [TableWise()])
+        .plan[""]
+    )
+    assert entries["t_huge"].sharding_type == "row_wise"
+    assert {entries[name].sharding_type for name in ("t_large", "t_small")} == {"table_wise"}
 
 
 # --- on ranks -------------------------------------------------------------------------------------

@@ -212,24 +212,32 @@ def _stock_sharder_refuses() -> str:
     return str(error.value)
 
 
-def _group_of_two_optimizers() -> str:
+def _two_optimizers() -> list[str]:
     from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer
     from torchrec.optim import RowWiseAdagrad
 
-    module = models.collection()
+    sizes = {"t_one": 5000, "t_two": 4000}
+    module = models.collection(sizes)
     weights = {name: bag.weight for name, bag in module.embedding_bags.items()}
-    apply_optimizer(RowWiseAdagrad, [weights["t_big"]], {"lr": 0.1})
-    apply_optimizer(torch.optim.SGD, [weights["t_small"]], {"lr": 0.1})
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is returned
-        models.sharded(module, models.constraints())
-    return str(error.value)
+    apply_optimizer(RowWiseAdagrad, [weights["t_one"]], {"lr": 0.1})
+    apply_optimizer(torch.optim.SGD, [weights["t_two"]], {"lr": 0.1})
+    constraint = tc.ParameterConstraints(table=models.CAFE)
+    model = models.sharded(module, dict.fromkeys(sizes, constraint))
+    for batch in models.batches(2, 8, sizes):
+        model(batch).values().sum().backward()
+    return sorted(name for name in models.local_state(model) if name.endswith(".weight"))
 
 
 def test_what_cannot_be_sharded_says_so(tmp_path: Path):
     (refusal,) = run_ranks(1, tmp_path / "stock", _stock_sharder_refuses)
     assert "Compute kernel not supported" in refusal
-    (mixed,) = run_ranks(1, tmp_path / "optimizers", _group_of_two_optimizers)
-    assert "share the group 'cafe_pool_0', so they must have the same optimizer" in mixed
+
+
+def test_tables_of_two_optimizers_share_no_pool(tmp_path: Path):
+    (names,) = run_ranks(1, tmp_path, _two_optimizers)
+    assert [name.split(".")[-2] for name in names] == [
+        "cafe_pool_0", "cafe_pool_1", "t_one", "t_two"
+    ]  # fmt: skip
 
 
 def _refused_plan() -> str:

@@ -6,6 +6,7 @@ Every name that TorchRec does not promise to keep is imported or read here and n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,7 @@ __all__ = [
     "ShardedTensor",
     "ShardedTensorMetadata",
     "TableBatchedEmbeddingSlice",
+    "Topology",
     "TensorProperties",
     "TorchRecConstraints",
     "TwPooledEmbeddingSharding",
@@ -98,11 +100,13 @@ __all__ = [
     "pool_means_once",
     "present_tables",
     "ranks_of_a_host",
+    "reserved_topology",
     "receive_input",
     "set_row_boundaries",
     "sharder_data_of",
     "sharded_tensor",
     "staggered",
+    "with_constraints",
 ]
 
 
@@ -255,3 +259,24 @@ def default_backward_compute(ctx: ShardPerfContext, config: HardwarePerfConfig) 
     """TorchRec's estimate of a shard's backward pass, whatever the configuration overrides."""
     evaluator = get_embedding_perf_sharding_evaluator(ctx.sharding_type, ctx.is_inference)
     return evaluator._default_bwd_comp(ctx, config)
+
+
+def reserved_topology(reservation: Any) -> Topology | None:
+    """What a storage reservation has left of the topology that it was last asked about."""
+    return getattr(reservation, "_last_reserved_topology", None)
+
+
+def with_constraints(enumerator: Any, constraints: dict[str, Any]) -> Any:
+    """A copy of an enumerator that goes by other constraints.
+
+    Raises:
+        ValueError: if it does not keep constraints as TorchRec's does.
+    """
+    if not hasattr(enumerator, "_constraints"):
+        raise ValueError(
+            "`enumerator` must be a TorchRec EmbeddingEnumerator if tables have a kind or the "
+            f"planner has `auto`, got {type(enumerator).__name__}; leave it out"
+        )
+    changed = copy.copy(enumerator)
+    changed._constraints = constraints
+    return changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,18 @@ from torchrec_cafe.config import Auto, Lookahead, TableKind
 from torchrec_cafe.distributed._torchrec import TorchRecConstraints, ranks_of_a_host
 from torchrec_cafe.distributed.constraints import ParameterConstraints
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
-from torchrec_cafe.distributed.grouping import check_device, collections_of, table_shape
-from torchrec_cafe.distributed.option import BudgetError, TableOption, cheapest
+from torchrec_cafe.distributed.grouping import (
+    check_table,
+    collections_of,
+    group_alone,
+    ranks_of_a_table,
+    table_shape,
+)
+from torchrec_cafe.distributed.option import BudgetError, TableOption, cheapest, options_that_fit
 from torchrec_cafe.distributed.option_costs import Candidate, OptionCosts
 from torchrec_cafe.distributed.plan_report import human_bytes
+
+logger = logging.getLogger(__name__)
 
 _UVM = (
     EmbeddingComputeKernel.FUSED_UVM.value,
@@ -89,16 +98,41 @@ class BudgetMode:
                 "EmbeddingBagCollectionSharder, got "
                 f"{[type(sharder).__name__ for sharder in sharders]}"
             )
-        self._tables = [
+        tables = [
             (path, collection, config)
-            for path, collection in collections_of(module)
+            for path, collection in collections_of(module, sharders)
             for config in collection.embedding_bag_configs()
-            if getattr(self._constraints.get(config.name), "table", None) is None
+            if self._is_free(config.name)
         ]
-        candidates = [self._candidates(ours, *table) for table in self._tables]
+        names = [config.name for *_, config in tables]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"tables {twice}: several collections have one of that name, and `auto` knows "
+                "tables by name; rename them or leave auto out"
+            )
+        unknown = sorted(self._auto.stats.keys() - set(names))
+        if unknown:
+            logger.warning("auto.stats: no table to choose for is named %s", unknown)
+        found = [(table, self._candidates(ours, *table)) for table in tables]
+        # What constraints leave no choice for is TorchRec's, as they say.
+        self._tables = [table for table, candidates in found if candidates]
+        candidates = [candidates for _, candidates in found if candidates]
         asked = {name: self.constraint(config) for name, config in self._configs()}
         costs = OptionCosts(ours, self._topology, asked, self._batch_size, self._auto)
         self._options = costs.estimate(candidates)
+
+    def _is_free(self, name: str) -> bool:
+        given = self._constraints.get(name)
+        if given is None:
+            return True
+        of_another_device = given.device_group not in (None, self._topology.compute_device)
+        return getattr(given, "table", None) is None and not of_another_device
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether there is anything to choose."""
+        return bool(self._tables)
 
     def _configs(self) -> Iterable[tuple[str, EmbeddingBagConfig]]:
         return ((config.name, config) for _, _, config in self._tables)
@@ -137,16 +171,46 @@ class BudgetMode:
                     found += self._plain(path, collection, config, sharding_type, kernel)
         if given.compute_kernels:  # a kind would have its own
             return found
-        for kind in self._auto.kinds(table_shape(config)):
-            try:
-                check_device(config.name, kind, device)
-            except ValueError:
-                continue
-            found += [
-                Candidate(path, collection, config, kind, sharding_type, None, None)
-                for sharding_type in self._sharding_types(self._types_of(kind), given)
-            ]
-        return found
+        return found + [
+            Candidate(path, collection, config, kind, sharding_type, None, None)
+            for kind in self._auto.kinds(table_shape(config))
+            for sharding_type in self._sharding_types(self._types_of(kind), given)
+            if self._can_be(sharder, collection, config, kind, sharding_type)
+        ]
+
+    def _can_be(
+        self,
+        sharder: EmbeddingBagCollectionSharder,
+        collection: EmbeddingBagCollection,
+        config: EmbeddingBagConfig,
+        kind: TableKind,
+        sharding_type: str,
+    ) -> bool:
+        """Whether a table can have a kind."""
+        constraint = dataclasses.replace(
+            self.constraint(config), table=kind, sharding_types=[sharding_type]
+        )
+        ranks = ranks_of_a_table(sharding_type, self._topology)
+        device, fused_params = self._topology.compute_device, sharder.fused_params
+        try:
+            check_table(collection, config, constraint, device, fused_params)
+            group = group_alone(kind, sharding_type, table_shape(config))
+            if group.has_pool:
+                group.shard_bounds(ranks)
+        except ValueError:
+            return False
+        return not isinstance(kind, Lookahead) or self._holds_a_batch(config, kind, ranks)
+
+    def _holds_a_batch(self, config: EmbeddingBagConfig, kind: Lookahead, ranks: int) -> bool:
+        """Whether the slots of a rank hold the rows that its part of a batch needs at once."""
+        rows = -(-config.num_embeddings // ranks)
+        samples = self._batch_size * self._topology.world_size
+        needed = samples * sum(self.constraint(config).pooling_factors or [1.0])
+        statistics = self._auto.stats.get(config.name)
+        if statistics is not None and statistics.lookahead_hits:
+            distinct = statistics.lookahead_hits[0][0] * samples / statistics.batch_size
+            needed = min(needed, distinct)
+        return kind.slots_for(rows) >= min(rows, needed / ranks)
 
     def _plain(
         self,
@@ -184,13 +248,21 @@ class BudgetMode:
         allowed = given.sharding_types or possible
         return [t for t in possible if t in useful and t in allowed]
 
-    def choose(self, device_bytes: int, host_bytes: int, of_a_rank: tuple[int, int]) -> Choice:
+    def choose(
+        self,
+        device_bytes: int,
+        host_bytes: int,
+        of_a_rank: tuple[int, int],
+        whole: tuple[int, int],
+    ) -> Choice:
         """Choose an option for each table.
 
         Args:
             device_bytes: memory of all compute devices that tables may take.
             host_bytes: host memory that they may take.
-            of_a_rank: memory of the compute device and of the host that a rank has.
+            of_a_rank: memory of the compute device and of the host that a table may take of a
+                rank, if it has an option that takes no more.
+            whole: what a rank has.
 
         Raises:
             BudgetError: if nothing fits, saying what is missing.
@@ -198,7 +270,7 @@ class BudgetMode:
         error: BudgetError | None = None
         for unknown in (False, True):
             options = [
-                [o for o in of_table if _possible(o, of_a_rank, unknown=unknown)]
+                options_that_fit(of_table, of_a_rank, whole, unknown=unknown)
                 for of_table in self._options
             ]
             if not all(options):
@@ -210,7 +282,7 @@ class BudgetMode:
                 continue
             of_tables = [of[i] for of, i in zip(options, chosen, strict=True)]
             return self._choice(of_tables, of_a_rank[0])
-        raise self._refusal(error, device_bytes, host_bytes, of_a_rank)
+        raise self._refusal(error, device_bytes, host_bytes, whole)
 
     def _refusal(
         self,
@@ -228,17 +300,25 @@ class BudgetMode:
             name = next(
                 config.name
                 for (_, config), of_table in zip(self._configs(), self._options, strict=True)
-                if not any(_possible(o, of_a_rank, unknown=True) for o in of_table)
+                if not options_that_fit(of_table, of_a_rank, of_a_rank, unknown=True)
             )
             return BudgetError(
                 f"table {name!r} fits no rank in any way that is allowed: each has "
                 f"{human_bytes(of_a_rank[0])} for tables; it takes {advice}"
             )
+        if device_bytes < 0 or host_bytes < 0:
+            return BudgetError(
+                "tables whose kind is given take more memory than there is: "
+                f"{human_bytes(max(-device_bytes, 0))} of device memory and "
+                f"{human_bytes(max(-host_bytes, 0))} of host memory are missing for them alone",
+                max(-device_bytes, 0),
+                max(-host_bytes, 0),
+            )
         return BudgetError(
-            f"the tables do not fit: besides {human_bytes(device_bytes)} of device memory and "
-            f"{human_bytes(host_bytes)} of host memory that tables may take, "
+            f"no choice for the tables fits: besides {human_bytes(device_bytes)} of device "
+            f"memory and {human_bytes(host_bytes)} of host memory that tables may take, "
             f"{human_bytes(error.device_missing)} and {human_bytes(error.host_missing)} are "
-            f"missing at least; it takes {advice}",
+            f"missing; it takes {advice}",
             error.device_missing,
             error.host_missing,
         )
@@ -285,11 +365,6 @@ class BudgetMode:
                 loads[pool] += options[number].device_bytes
                 names[number] = str(pool)
         return names
-
-
-def _possible(option: TableOption, of_a_rank: tuple[int, int], *, unknown: bool) -> bool:
-    fits = option.largest_shard <= of_a_rank[0] and option.largest_on_host <= of_a_rank[1]
-    return fits and (unknown or option.risk is not None)
 
 
 def _explain(option: TableOption, others: Sequence[TableOption]) -> str:

@@ -49,8 +49,14 @@ class Cluster:
     ddr: int | None = None
     reserve: float = 0.15
 
+    def _for_tables(self) -> int | None:
+        """Host memory; TorchRec's reservations keep something of a GPU's memory only."""
+        if self.ddr is None or self.compute_device != "cpu":
+            return self.ddr
+        return round(self.ddr * (1 - self.reserve))
+
     def topology(self) -> Topology:
-        """The cluster in TorchRec's terms."""
+        """The cluster in TorchRec's terms; without the host memory that is kept, on CPU."""
         local = self.local_world_size
         if local is None:
             most = min(8, self.world_size)
@@ -60,7 +66,7 @@ class Cluster:
             local_world_size=local,
             compute_device=self.compute_device,
             hbm_cap=self.hbm,
-            ddr_cap=self.ddr,
+            ddr_cap=self._for_tables(),
         )
 
 

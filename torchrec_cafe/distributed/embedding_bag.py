@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder as TorchRecSharder
+from torchrec.distributed.sharding_plan import get_default_sharders
 from torchrec.distributed.types import (
     ParameterSharding,
     ShardingEnv,
@@ -385,3 +386,9 @@ class EmbeddingBagCollectionSharder(TorchRecSharder):
             module_fqn=module_fqn,
             sharded_module_order_overwrite=self._sharded_module_order_overwrite,
         )
+
+
+def default_sharders() -> list[Any]:
+    """TorchRec's default sharders, with ours for ``EmbeddingBagCollection``."""
+    others = [s for s in get_default_sharders() if s.module_type is not EmbeddingBagCollection]
+    return [EmbeddingBagCollectionSharder(), *others]

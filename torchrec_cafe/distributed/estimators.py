@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -17,6 +17,7 @@ from torchrec.distributed.planner.estimator import (
 from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import (
     ParameterConstraints,
+    Perf,
     ShardEstimator,
     ShardingOption,
     Storage,
@@ -26,6 +27,7 @@ from torchrec.distributed.types import ShardingType
 
 from torchrec_cafe.distributed._torchrec import default_backward_compute, default_forward_compute
 from torchrec_cafe.distributed.lookup_cost import LookupCost
+from torchrec_cafe.distributed.optimizers import OptimizerState
 from torchrec_cafe.distributed.planned_bytes import PlannedTable
 
 #: Name of :class:`KindPerfConfig` in TorchRec's registry of hardware configurations.
@@ -110,8 +112,12 @@ class KindStorageEstimator(ShardEstimator):
     ) -> None:
         """Start without tables; see the class."""
         self._torchrec = EmbeddingStorageEstimator(topology=topology, constraints=constraints)
+        self._compute_device = topology.compute_device
         #: By name, the tables that have a kind; the planner fills it in while it plans.
         self.tables: dict[str, PlannedTable] = {}
+        #: By name, what the optimizer keeps for a row of plain tables, if that is to be counted:
+        #: TorchRec does not know of optimizers among the fused parameters.
+        self.plain_states: dict[str, OptimizerState] = {}
 
     def estimate(self, sharding_options: list[ShardingOption], *args: Any, **kwargs: Any) -> None:
         """Estimate the storage of each shard.
@@ -129,6 +135,15 @@ class KindStorageEstimator(ShardEstimator):
             for shard, host in zip(option.shards, self.tables[option.name].host, strict=False):
                 assert shard.storage is not None
                 shard.storage += Storage(hbm=0, ddr=host)
+        for option in sharding_options:
+            state = self.plain_states.get(option.name)
+            if state is not None and option.name not in self.tables:
+                _add_state(option, state, on_device=self._on_device(option))
+        _gather_pools(ours, self.tables)
+
+    def _on_device(self, option: ShardingOption) -> bool:
+        """Whether optimizer state lies in the memory of a GPU: where the weights are."""
+        return self._compute_device != "cpu" and "uvm" not in option.compute_kernel
 
 
 def _set_rows(option: ShardingOption, table: PlannedTable) -> None:
@@ -140,6 +155,39 @@ def _set_rows(option: ShardingOption, table: PlannedTable) -> None:
         dim = shard.size[1]
         shard.size, shard.offset = [rows, dim], [first, 0]
         first += rows
+
+
+def _add_state(option: ShardingOption, state: OptimizerState, *, on_device: bool) -> None:
+    if hasattr(option.tensor, "_optimizer_classes"):  # TorchRec has counted it
+        return
+    if option.sharding_type == ShardingType.DATA_PARALLEL.value:  # the dense optimizer's
+        return
+    for shard in option.shards:
+        rows, dim = shard.size
+        count = rows * state.of_row(dim)
+        assert shard.storage is not None
+        shard.storage += Storage(hbm=count if on_device else 0, ddr=0 if on_device else count)
+
+
+def _gather_pools(options: Sequence[ShardingOption], tables: Mapping[str, PlannedTable]) -> None:
+    """Count what tables that follow the first of their pool take and last at the first.
+
+    TorchRec's partitioner places each table by itself; where the first goes, all go.
+    """
+    firsts = {option.name: option for option in options}
+    for option in options:
+        group = tables[option.name].group
+        first = firsts.get(group.tables[0].name)
+        if not group.stays_together or first is None or first is option:
+            continue
+        for mine, of_first in zip(option.shards, first.shards, strict=True):
+            assert mine.storage is not None
+            assert of_first.storage is not None
+            of_first.storage += mine.storage
+            mine.storage = Storage(hbm=0, ddr=0)
+            if mine.perf is not None and of_first.perf is not None:
+                of_first.perf += mine.perf
+                mine.perf = Perf(fwd_compute=0, fwd_comms=0, bwd_compute=0, bwd_comms=0)
 
 
 def planned_costs(tables: Mapping[str, PlannedTable], topology: Topology) -> dict[str, LookupCost]:

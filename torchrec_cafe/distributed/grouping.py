@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,13 +23,29 @@ from torchrec_cafe.distributed.types import CompressedGroup
 Groups = dict[int, dict[str, CompressedGroup]]
 
 
-def collections_of(module: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:
-    """The collections of a model that can have tables with a kind, by path."""
-    return [
-        (path, child)
-        for path, child in module.named_modules()
-        if type(child) is EmbeddingBagCollection
-    ]
+def collections_of(
+    module: nn.Module, sharders: Sequence[Any]
+) -> list[tuple[str, EmbeddingBagCollection]]:
+    """The collections of a model that can have tables with a kind, by path.
+
+    Those inside modules that are sharded as a whole (towers, feature processors) are not among
+    them: TorchRec's planner does not look into these either.
+
+    Args:
+        module: the model.
+        sharders: whatever will shard it.
+    """
+    sharded = {sharder.module_type for sharder in sharders} | {EmbeddingBagCollection}
+    found: dict[int, tuple[str, EmbeddingBagCollection]] = {}
+    waiting: list[tuple[str, nn.Module]] = [("", module)]
+    while waiting:
+        path, child = waiting.pop(0)
+        if type(child) is EmbeddingBagCollection:
+            found.setdefault(id(child), (path, child))
+        if type(child) not in sharded:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, of) for name, of in child.named_children()]
+    return list(found.values())
 
 
 def table_shape(config: EmbeddingBagConfig) -> TableShape:
@@ -67,17 +84,18 @@ def group_tables(
             f"{[type(sharder).__name__ for sharder in sharders]}"
         )
     groups: Groups = {}
-    found: set[str] = set()
-    for _, collection in collections_of(module):
-        grouped = _group_collection(collection, constraints, topology)
-        for name, group in grouped.items():
-            if group.sharding_type == ShardingType.DATA_PARALLEL.value:
-                continue  # the dense optimizer trains it
-            bag, fused_params = collection.embedding_bags[name], ours[0].fused_params
-            check_optimizer(name, bag, fused_params, topology.compute_device)
+    found: dict[str, str] = {}
+    for path, collection in collections_of(module, sharders):
+        grouped = _group_collection(collection, constraints, topology, ours[0].fused_params)
         groups[id(collection)] = grouped
-        found |= grouped.keys()
-    unknown = sorted(constraints.keys() - found)
+        for name in grouped:
+            if name in found:
+                raise ValueError(
+                    f"table {name!r}: two collections have one of that name, {found[name]!r} and "
+                    f"{path!r}, and constraints know tables by name; rename one of them"
+                )
+            found[name] = path
+    unknown = sorted(constraints.keys() - found.keys())
     if unknown:
         raise ValueError(
             f"constraints compress tables {unknown}, which no EmbeddingBagCollection of the "
@@ -90,20 +108,21 @@ def _group_collection(
     collection: EmbeddingBagCollection,
     constraints: Mapping[str, ParameterConstraints],
     topology: Topology,
+    fused_params: dict[str, Any] | None,
 ) -> dict[str, CompressedGroup]:
     members: dict[tuple[Any, ...], list[EmbeddingBagConfig]] = {}
     for config in collection.embedding_bag_configs():
         constraint = constraints.get(config.name)
         if constraint is None or constraint.table is None:
             continue
-        check_device(config.name, constraint.table, topology.compute_device)
-        _check_pooling(config, constraint.table, is_weighted=collection.is_weighted())
+        check_table(collection, config, constraint, topology.compute_device, fused_params)
         key = (
             constraint.table,
             constraint.sharding_type(),
             config.embedding_dim,
             config.data_type,
             config.pooling,
+            *_of_tbe(collection, config, constraint),
         )
         members.setdefault(key, []).append(config)
     result: dict[str, CompressedGroup] = {}
@@ -130,17 +149,74 @@ def ranks_of_a_table(sharding_type: str, topology: Topology) -> int:
     return 1
 
 
-def check_device(name: str, kind: TableKind, device: str) -> None:
-    """Refuse a kind that does not run on a device.
+def check_table(
+    collection: EmbeddingBagCollection,
+    config: EmbeddingBagConfig,
+    constraint: ParameterConstraints,
+    device: str,
+    fused_params: dict[str, Any] | None,
+) -> None:
+    """Refuse a table what its kind cannot do.
 
     Args:
-        name: of the table.
-        kind: its kind.
+        collection: that has the table.
+        config: of the table.
+        constraint: has the kind.
         device: ``"cpu"`` or ``"cuda"``.
+        fused_params: of the sharder.
 
     Raises:
         ValueError: naming the table and what to do.
     """
+    kind = constraint.table
+    assert kind is not None
+    if constraint.device_group not in (None, device):
+        raise ValueError(
+            f"table {config.name!r}: a table with `table=` must be on the device that is planned "
+            f"for, {device!r}, got device_group={constraint.device_group!r}; leave one of them out"
+        )
+    _check_device(config.name, kind, device)
+    _check_pooling(config, kind, is_weighted=collection.is_weighted())
+    if constraint.sharding_type() != ShardingType.DATA_PARALLEL.value:  # a dense optimizer's
+        check_optimizer(config.name, collection.embedding_bags[config.name], fused_params, device)
+
+
+def _of_tbe(
+    collection: EmbeddingBagCollection,
+    config: EmbeddingBagConfig,
+    constraint: ParameterConstraints,
+) -> tuple[str, ...]:
+    """What all tables of a TBE have in common besides their shape: optimizer and options."""
+    weight = collection.embedding_bags[config.name].weight
+    options = (
+        getattr(weight, "_optimizer_classes", None),
+        getattr(weight, "_optimizer_kwargs", None),
+        constraint.bounds_check_mode,
+        constraint.stochastic_rounding,
+        constraint.output_dtype,
+        constraint.enforce_hbm,
+    )
+    return tuple(map(repr, options))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def group_alone(kind: TableKind, sharding_type: str, shape: TableShape) -> CompressedGroup:
+    """The group of a table that shares nothing with others.
+
+    Args:
+        kind: of the table.
+        sharding_type: how it is sharded.
+        shape: of the uncompressed table.
+
+    Raises:
+        ValueError: naming the table, if it has no row left or is too large.
+    """
+    rows = {shape.name: shape.num_embeddings}
+    allocation = kind.allocate([shape])
+    return CompressedGroup.from_allocation("alone", kind, sharding_type, rows, allocation)
+
+
+def _check_device(name: str, kind: TableKind, device: str) -> None:
     if not isinstance(kind, Lookahead) or device == "cpu":
         return
     if device != "cuda":

@@ -57,6 +57,33 @@ class BudgetError(ValueError):
         self.host_missing = host_missing
 
 
+def options_that_fit(
+    options: Sequence[TableOption],
+    of_a_rank: tuple[int, int],
+    whole: tuple[int, int],
+    *,
+    unknown: bool,
+) -> list[TableOption]:
+    """The options of a table that fit a rank; if it has none, those with the smallest shards.
+
+    Args:
+        options: of the table.
+        of_a_rank: bytes of the device and of the host that a table may take of a rank.
+        whole: what a rank has; nothing takes more.
+        unknown: whether options of unknown risk are among them.
+    """
+    known = [o for o in options if unknown or o.risk is not None]
+    fits = [o for o in known if _fits(o, of_a_rank)]
+    if fits:
+        return fits
+    largest = min((o.largest_shard for o in known if _fits(o, whole)), default=0)
+    return [o for o in known if _fits(o, whole) and o.largest_shard <= largest]
+
+
+def _fits(option: TableOption, of_a_rank: tuple[int, int]) -> bool:
+    return option.largest_shard <= of_a_rank[0] and option.largest_on_host <= of_a_rank[1]
+
+
 def cheapest(
     options: Sequence[Sequence[TableOption]], device_limit: int, host_limit: int
 ) -> list[int]:
@@ -130,11 +157,25 @@ class _Search:
             grows = (bytes_[other] > 0) & (used[other] + bytes_[other] > self._limits[other])
             possible = (saved > 0) & ~grows & np.isfinite(cost)
             if not possible.any():
-                raise self._failure(used)
+                self._trade(used)
+                continue
             # Beyond what is missing, savings are worth nothing.
             worth = np.minimum(saved, used[short] - self._limits[short])
             price = np.where(possible, cost / np.maximum(worth, 1), np.inf)
             self._take(price)
+
+    def _trade(self, used: tuple[float, float]) -> None:
+        """Exceed one memory by less than the other is exceeded now; each such change is less."""
+        cost, *bytes_ = self._changes()
+        excess = np.zeros_like(cost)
+        now = 0.0
+        for of, change, limit in zip(used, bytes_, self._limits, strict=True):
+            excess += np.maximum(0, of + change - limit) / max(limit, 1)
+            now += max(0.0, of - limit) / max(limit, 1)
+        gain = np.where(np.isfinite(cost), now - excess, 0.0)
+        if not (gain > 1e-9).any():
+            raise self._failure(used)
+        self._take(np.where(gain > 1e-9, cost / np.maximum(gain, 1e-9), np.inf))
 
     def improve(self) -> None:
         """Make changes that save cost while there is room for them."""

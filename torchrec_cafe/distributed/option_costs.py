@@ -24,11 +24,11 @@ from torchrec_cafe.distributed.estimators import (
     KindStorageEstimator,
     planned_costs,
 )
-from torchrec_cafe.distributed.grouping import ranks_of_a_table, table_shape
+from torchrec_cafe.distributed.grouping import group_alone, ranks_of_a_table, table_shape
 from torchrec_cafe.distributed.optimizers import optimizer_state
 from torchrec_cafe.distributed.option import TableOption
 from torchrec_cafe.distributed.planned_bytes import PlannedTable, plan_table
-from torchrec_cafe.distributed.types import CompressedGroup, physical_kernel
+from torchrec_cafe.distributed.types import physical_kernel
 
 
 class Candidate(NamedTuple):
@@ -94,6 +94,15 @@ class OptionCosts:
     def _estimated(self, candidates: Sequence[Candidate]) -> list[ShardingOption]:
         tables = {c.config.name: self._planned(c) for c in candidates if c.kind is not None}
         self._storage.tables = tables
+        self._storage.plain_states = {
+            c.config.name: optimizer_state(
+                c.collection.embedding_bags[c.config.name],
+                self._sharder.fused_params,
+                c.config.embedding_dim,
+            )
+            for c in candidates
+            if c.kind is None
+        }
         self._config.costs = planned_costs(tables, self._topology)
         options = [self._option(c, tables.get(c.config.name)) for c in candidates]
         data = sharder_data_of(self._sharder)
@@ -105,19 +114,11 @@ class OptionCosts:
         config, kind = candidate.config, candidate.kind
         assert kind is not None
         shape = table_shape(config)
-        group = CompressedGroup.from_allocation(
-            "alone",
-            kind,
-            candidate.sharding_type,
-            {config.name: config.num_embeddings},
-            kind.allocate([shape]),
-        )
-        ranks = ranks_of_a_table(candidate.sharding_type, self._topology)
         bag: nn.Module = candidate.collection.embedding_bags[config.name]
         return plan_table(
-            group,
+            group_alone(kind, candidate.sharding_type, shape),
             config.name,
-            ranks if not group.has_pool else min(ranks, group.num_shards),
+            ranks_of_a_table(candidate.sharding_type, self._topology),
             row_bytes=shape.row_bytes,
             state=optimizer_state(bag, self._sharder.fused_params, config.embedding_dim),
             on_cpu=self._topology.compute_device == "cpu",

@@ -11,27 +11,31 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner as TorchRecPlanner
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
-from torchrec.distributed.planner.types import PlannerError, ShardingOption
+from torchrec.distributed.planner.types import PlannerError, PlannerErrorType, ShardingOption
 from torchrec.distributed.types import (
-    EmbeddingModuleShardingPlan,
     ModuleSharder,
-    ParameterSharding,
     ShardingPlan,
     ShardingType,
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_cafe.config import Auto
-from torchrec_cafe.distributed._torchrec import TorchRecConstraints
+from torchrec_cafe.distributed._torchrec import (
+    Topology,
+    TorchRecConstraints,
+    reserved_topology,
+    with_constraints,
+)
 from torchrec_cafe.distributed.budget_mode import BudgetMode, Choice
 from torchrec_cafe.distributed.constraints import ParameterConstraints
-from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
+from torchrec_cafe.distributed.embedding_bag import (
+    EmbeddingBagCollectionSharder,
+    default_sharders,
+)
 from torchrec_cafe.distributed.estimators import (
     KindPerfConfig,
     KindStorageEstimator,
@@ -44,15 +48,12 @@ from torchrec_cafe.distributed.grouping import (
     ranks_of_a_table,
     table_shape,
 )
-from torchrec_cafe.distributed.optimizers import optimizer_state
+from torchrec_cafe.distributed.optimizers import OptimizerState, optimizer_state
+from torchrec_cafe.distributed.option import BudgetError
+from torchrec_cafe.distributed.plan_entries import compress_entries
 from torchrec_cafe.distributed.plan_report import PlanReport
 from torchrec_cafe.distributed.planned_bytes import PlannedTable, plan_table
 from torchrec_cafe.distributed.report_rows import make_report
-from torchrec_cafe.distributed.types import (
-    CompressedGroup,
-    CompressedParameterSharding,
-    CompressedTable,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ logger = logging.getLogger(__name__)
 # shards, and again.
 _ATTEMPTS = 12
 _SHRINK = 0.94
+_OF_STORAGE = (
+    PlannerErrorType.INSUFFICIENT_STORAGE,
+    PlannerErrorType.PARTITION,
+    PlannerErrorType.STRICT_CONSTRAINTS,
+)
 _SHRINK_SHARDS = 0.75
 
 
@@ -73,11 +79,12 @@ class _PlanningSharder(EmbeddingBagCollectionSharder):
         planned: Mapping[str, PlannedTable],
     ) -> None:
         super().__init__(sharder.fused_params, sharder.qcomm_codecs_registry)
+        self._sharder = sharder
         self._groups = groups
         self._planned = planned
 
     def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        parameters = super().shardable_parameters(module)
+        parameters = self._sharder.shardable_parameters(module)
         for name in self._groups.get(id(module), {}):
             old = parameters[name]
             rows = sum(self._planned[name].rows)
@@ -87,9 +94,12 @@ class _PlanningSharder(EmbeddingBagCollectionSharder):
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         # On CPU TorchRec leaves row-wise sharding out, although gloo has every collective it needs.
-        types = super().sharding_types(compute_device_type)
+        types = self._sharder.sharding_types(compute_device_type)
         needed = {group.sharding_type for of in self._groups.values() for group in of.values()}
         return types + sorted(needed - set(types))
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return self._sharder.compute_kernels(sharding_type, compute_device_type)
 
 
 class EmbeddingShardingPlanner(TorchRecPlanner):
@@ -98,7 +108,8 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
     Every argument keeps TorchRec's meaning; tables without ``table=`` are planned by TorchRec,
     unchanged, unless ``auto`` is given. Tables with a kind are estimated at the bytes that they
     take on each rank, optimizer state included. The caller's objects are not modified. An
-    ``enumerator`` of one's own keeps its estimators: they see a fused table of as many bytes.
+    ``enumerator`` of one's own keeps its estimators: they see a fused table of as many bytes. It is
+    copied, to be given the constraints that tables with a kind have.
 
     Args:
         args: TorchRec's arguments; ``constraints`` may hold :class:`ParameterConstraints`.
@@ -133,7 +144,9 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         super().__init__(**(arguments | {"constraints": self._adapted, "callbacks": callbacks}))
         self._perf_config = KindPerfConfig({})
         self._storage_estimator = KindStorageEstimator(self._topology, self._adapted)
-        if arguments.get("enumerator") is None and self._knows_kinds:
+        if arguments.get("enumerator") is not None and self._knows_kinds:
+            self._enumerator = with_constraints(self._enumerator, self._adapted)
+        elif self._knows_kinds:
             perf = EmbeddingPerfEstimatorFactory.create_with_config(
                 self._perf_config, topology=self._topology, constraints=self._adapted
             )
@@ -176,6 +189,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             BudgetError: if ``auto`` finds nothing that fits; says what is missing.
             PlannerError: as TorchRec's.
         """
+        self.report, self._best = None, []
         if not self._knows_kinds:
             return super().plan(module, sharders)
         if self._auto is None:
@@ -195,8 +209,13 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         """
         self.plan(module, sharders)
         if self.report is None:
-            self.report = make_report(module, self._best, {}, {}, self._topology, None)
+            collections = collections_of(module, sharders)
+            self.report = make_report(collections, self._best, {}, {}, self._reserved(), None)
         return self.report
+
+    def _reserved(self) -> Topology:
+        """The topology with the memory that is left for tables."""
+        return reserved_topology(self._storage_reservation) or self._topology
 
     def _plan_in_budget(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], auto: Auto
@@ -205,6 +224,8 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             group_tables(module, sharders, asked, self._topology)
         mode = BudgetMode(auto, self._topology, self._given, self._batch_size)
         mode.enumerate(module, sharders)
+        if not mode.has_tables:
+            return self._plan(module, sharders, None)
         left = self._storage_reservation.reserve(
             topology=self._topology,
             batch_size=self._batch_size,
@@ -216,20 +237,27 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         device = [d.storage.ddr if on_cpu else d.storage.hbm for d in left]
         host = [0 if on_cpu else d.storage.ddr for d in left]
         taken_device, taken_host = self._taken(module, sharders)
-        share = 1.0
+        whole = min(device), min(host)
+        failure: PlannerError | None = None
         for attempt in range(_ATTEMPTS):
+            share, shard = _SHRINK**attempt, _SHRINK_SHARDS**attempt
             budget = round(sum(device) * share) - taken_device
-            shard = _SHRINK_SHARDS**attempt
-            of_a_rank = round(min(device) * shard), round(min(host) * shard)
-            choice = mode.choose(budget, round(sum(host) * share) - taken_host, of_a_rank)
+            on_hosts = round(sum(host) * share) - taken_host
+            of_a_rank = round(whole[0] * shard), round(whole[1] * shard)
             try:
+                choice = mode.choose(budget, on_hosts, of_a_rank, whole)
                 return self._plan(module, sharders, choice)
-            except PlannerError as error:
-                if attempt == _ATTEMPTS - 1:
+            except BudgetError:
+                if failure is None:
                     raise
+                break  # of less memory than there is
+            except PlannerError as error:
+                if error.error_type not in _OF_STORAGE:
+                    raise
+                failure = error
                 logger.info("a plan for %.0f %% of the memory fails: %s", 100 * share, error)
-            share *= _SHRINK
-        raise AssertionError  # the last attempt has raised
+        assert failure is not None
+        raise failure
 
     def _taken(
         self, module: nn.Module, sharders: Sequence[ModuleSharder[nn.Module]]
@@ -255,11 +283,14 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             groups = group_tables(module, sharders, kinds, self._topology)
         planned = self._planned_tables(module, sharders, groups)
         self._storage_estimator.tables = planned
+        self._storage_estimator.plain_states = (
+            self._plain_states(module, sharders, planned) if self._auto else {}
+        )
         self._perf_config.costs = planned_costs(planned, self._topology)
         self._adapted.clear()
         self._adapted |= constraints
         self._adapted |= {name: constraint.physical() for name, constraint in kinds.items()}
-        self._keep_others_as_they_are(module, kinds)
+        self._keep_others_as_they_are(module, sharders, kinds)
         told: list[Any] = [
             _PlanningSharder(sharder, groups, planned)
             if isinstance(sharder, EmbeddingBagCollectionSharder)
@@ -267,8 +298,11 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             for sharder in sharders
         ]
         plan = super().plan(module, told)
-        _compress(module, plan, groups)
-        self.report = make_report(module, self._best, groups, planned, self._topology, choice)
+        collections = collections_of(module, sharders)
+        compress_entries(collections, plan, groups)
+        self.report = make_report(
+            collections, self._best, groups, planned, self._reserved(), choice
+        )
         logger.info("how tables are kept:\n%s", self.report)
         return plan
 
@@ -277,7 +311,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
     ) -> dict[str, PlannedTable]:
         ours = next((s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder)), None)
         planned: dict[str, PlannedTable] = {}
-        for _, collection in collections_of(module):
+        for _, collection in collections_of(module, sharders):
             for config in collection.embedding_bag_configs():
                 group = groups.get(id(collection), {}).get(config.name)
                 if group is None or ours is None:
@@ -293,13 +327,32 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
                 )
         return planned
 
+    def _plain_states(
+        self,
+        module: nn.Module,
+        sharders: Sequence[ModuleSharder[nn.Module]],
+        planned: Mapping[str, PlannedTable],
+    ) -> dict[str, OptimizerState]:
+        """What optimizers keep for plain tables: a budget has to count it."""
+        ours = next(s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder))
+        return {
+            name: optimizer_state(bag, ours.fused_params, bag.embedding_dim)
+            for _, collection in collections_of(module, sharders)
+            for name, bag in cast(Any, collection.embedding_bags).items()
+            if name not in planned
+        }
+
     def _keep_others_as_they_are(
-        self, module: nn.Module, kinds: Mapping[str, ParameterConstraints]
+        self,
+        module: nn.Module,
+        sharders: Sequence[ModuleSharder[nn.Module]],
+        kinds: Mapping[str, ParameterConstraints],
     ) -> None:
         """What the planning sharder offers besides TorchRec's is for tables with a kind only."""
-        types = EmbeddingBagCollectionSharder().sharding_types(self._topology.compute_device)
+        ours = next(s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder))
+        types = ours.sharding_types(self._topology.compute_device)
         types = [t for t in types if t != ShardingType.GRID_SHARD.value]
-        for _, collection in collections_of(module):
+        for _, collection in collections_of(module, sharders):
             for config in collection.embedding_bag_configs():
                 constraint = self._adapted.get(config.name, TorchRecConstraints())
                 if config.name not in kinds and not constraint.sharding_types:
@@ -325,8 +378,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         if not self._knows_kinds:
             return super().collective_plan(module, sharders, pg)
         if sharders is None:
-            ours: Any = EmbeddingBagCollectionSharder()
-            sharders = [ours]
+            sharders = default_sharders()
         group = pg or dist.group.WORLD
         assert group is not None, "init_process_group() must be called before collective_plan()"
         outcome = invoke_on_rank_and_broadcast_result(group, 0, self._attempt, module, sharders)
@@ -343,50 +395,3 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
             return self.plan(module, sharders), self.report
         except Exception as error:  # noqa: BLE001  raised on every rank
             return error
-
-
-def _compress(module: nn.Module, plan: ShardingPlan, groups: Groups) -> None:
-    """Turn the entries of tables with a kind into theirs."""
-    for path, collection in collections_of(module):
-        tables = cast(EmbeddingModuleShardingPlan, plan.plan.get(path, {}))
-        for name, group in groups.get(id(collection), {}).items():
-            # Where a pool stays together, its tables follow the first.
-            first = tables[group.tables[0].name] if group.stays_together else tables[name]
-            tables[name] = _compressed_sharding(name, group, tables[name], first)
-
-
-def _compressed_sharding(
-    name: str, group: CompressedGroup, planned: ParameterSharding, where: ParameterSharding
-) -> CompressedParameterSharding:
-    """The plan's entry on the ranks of another, with rows cut where the virtual shards are."""
-    values = {f: getattr(planned, f) for f in ParameterSharding.__dataclass_fields__}
-    values |= {
-        "compute_kernel": EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value,
-        "ranks": where.ranks,
-        "sharding_spec": _spec(group, group.table(name), planned, where),
-    }
-    return CompressedParameterSharding(**values, group=group)
-
-
-def _spec(
-    group: CompressedGroup,
-    table: CompressedTable,
-    planned: ParameterSharding,
-    where: ParameterSharding,
-) -> EnumerableShardingSpec | None:
-    if where.sharding_spec is None:  # replicas
-        return None
-    old = cast(EnumerableShardingSpec, where.sharding_spec).shards
-    dim = cast(EnumerableShardingSpec, planned.sharding_spec).shards[0].shard_sizes[1]
-    rows = group.row_bounds(table, len(old))
-    return EnumerableShardingSpec(
-        [
-            ShardMetadata(
-                # DCP saves one of the shards with the same offset, be it an empty one.
-                shard_offsets=[begin if begin < end else rows[-1], 0],
-                shard_sizes=[end - begin, dim],
-                placement=shard.placement,
-            )
-            for begin, end, shard in zip(rows[:-1], rows[1:], old, strict=True)
-        ]
-    )

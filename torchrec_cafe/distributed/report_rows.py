@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
 from torchrec.distributed.planner.types import ShardingOption, Topology
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_cafe.distributed.grouping import Groups, collections_of
+from torchrec_cafe.distributed.grouping import Groups
 from torchrec_cafe.distributed.plan_report import PlannedRow, PlanReport
 from torchrec_cafe.distributed.planned_bytes import PlannedTable
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def make_report(
-    module: nn.Module,
+    collections: Sequence[tuple[str, EmbeddingBagCollection]],
     options: Sequence[ShardingOption],
     groups: Groups,
     planned: Mapping[str, PlannedTable],
@@ -28,16 +28,16 @@ def make_report(
     """A plan's report.
 
     Args:
-        module: the model.
+        collections: of the model, by path.
         options: of the plan, with ranks.
         groups: of the tables that have a kind.
         planned: these tables.
-        topology: of the plan.
+        topology: of the plan, with the memory that tables may take.
         choice: of budget mode, if any.
     """
     configs = {
         (path, config.name): config
-        for path, collection in collections_of(module)
+        for path, collection in collections
         for config in collection.embedding_bag_configs()
     }
     of_table = {name: group for of in groups.values() for name, group in of.items()}

@@ -160,6 +160,11 @@ def _check(args: argparse.Namespace) -> None:
         "--batch-size": (args.batch_size >= 1, ">= 1", args.batch_size),
         "--reserve": (0 <= args.reserve < 1, "in [0, 1)", args.reserve),
         "--hbm": (args.hbm or args.device == "cpu", "given for --device cuda", args.hbm),
+        "--path": (
+            args.path is None or args.device == "cpu",
+            "left out with --device cuda, whose look-ahead rows lie in host memory",
+            args.path,
+        ),
         "--ddr": (args.ddr or args.device == "cuda", "given for --device cpu", args.ddr),
     }
     for name, (holds, wanted, value) in checks.items():

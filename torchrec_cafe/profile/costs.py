@@ -78,9 +78,10 @@ def compression_cost(
             :attr:`CompressionCost.refused`.
     """
     kind = Cafe(compression=compression)
-    groups: dict[int, list[TableShape]] = {}
+    groups: dict[tuple[int, int], list[TableShape]] = {}
     for name in statistics:
-        groups.setdefault(shapes[name].row_bytes, []).append(shapes[name])
+        shape = shapes[name]
+        groups.setdefault((shape.embedding_dim, shape.item_bytes), []).append(shape)
     owning: dict[str, Owning] = {}
     resident = 0
     for tables in groups.values():
