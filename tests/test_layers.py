@@ -15,7 +15,7 @@ LAYERS = {
     "tables": {"config", "ops", "tables"},
     "distributed": {"config", "ops", "tables", "distributed"},
     "planning": {"config", "distributed", "planning"},
-    "profile": {"config", "ops", "profile"},
+    "profile": {"config", "ops", "planning", "profile"},
     "cli": {"planning", "profile"},
 }
 #: third-party packages that only the given layers may import

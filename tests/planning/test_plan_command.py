@@ -81,6 +81,10 @@ def test_a_file_says_what_tables_are(tables: Path):
             "compression must be a finite number >= 1, got 0",
         ),
         (
+            "- {name: t, num_embeddings: 5, embedding_dim: 8, sharding_types: [rowwise]}",
+            r"sharding_types must be of \['data_parallel', .*got \['rowwise'\]",
+        ),
+        (
             "- {name: t, num_embeddings: 5, embedding_dim: 8}\n"
             "- {name: t, num_embeddings: 5, embedding_dim: 8}",
             "table 1: the name 't' is taken by another table",
@@ -166,6 +170,7 @@ def test_tables_as_they_are(tables: Path, capsys: pytest.CaptureFixture[str]):
         (("--world-size", "2", "--hbm", "1GB", "--allow", "Zip"), "--allow must be of .*'Zip'"),
         (("--world-size", "2", "--hbm", "1GB", "--reserve", "1"), r"--reserve must be in \[0, 1\)"),
         (("--world-size", "2", "--hbm", "1GB", "--statistics", "no.json"), "no.json"),
+        (("--world-size", "2", "--hbm", "1GB", "--path", "/nvme"), "--path must be left out"),
     ],
 )
 def test_arguments_that_cannot_be(

@@ -85,7 +85,10 @@ def check_page(text, num_tables):
 
 def test_profile_takes_tables_from_a_file(trace, tmp_path, capsys):
     tables = tmp_path / "tables.yaml"
-    tables.write_text("'0': {num_embeddings: 8, embedding_dim: 16}\n'1': {dtype: float16}\n")
+    tables.write_text(
+        "- {name: '0', num_embeddings: 8, embedding_dim: 16}\n"
+        "- {name: '1', num_embeddings: 3000, embedding_dim: 32, data_type: FP16}\n"
+    )
     status, printed, _ = run(
         capsys, trace, "--columns", "0,1", "--tables", tables, "--out", tmp_path,
         "--embedding-dim", 32,
@@ -129,13 +132,16 @@ def test_profile_reads_a_loader(tmp_path, capsys):
         (["TRACE", "--num-embeddings", "many"], "--num-embeddings: must be numbers, got 'many'"),
         (["TRACE", "--embedding-dim", "3"], "embedding_dim must be a positive multiple of 4"),
         (["TRACE", "--dtype", "int8"], "dtype must be float32 or float16, got int8"),
-        (["TRACE", "--tables", "YAML"], "t.yaml: table 'a': fields must be num_embeddings"),
+        (
+            ["TRACE", "--tables", "YAML"],
+            "t.yaml: table 0: num_embeddings must be given as int, got None",
+        ),
         (["--loader", "a:b", "--time-column", "x"], "--loader: batches have no day"),
         (["--loader", "nothing:b"], "No module named 'nothing'"),
     ],
 )
 def test_refusals_are_one_line(trace, tmp_path, capsys, arguments, message):
-    (tmp_path / "t.yaml").write_text("a: {rows: 7}\n")
+    (tmp_path / "t.yaml").write_text("- {name: a, rows: 7}\n")
     known = {"TRACE": trace, "YAML": tmp_path / "t.yaml"}
     replaced = [known.get(argument, argument) for argument in arguments]
     status, printed, errors = run(capsys, *replaced, "--out", tmp_path / "out")

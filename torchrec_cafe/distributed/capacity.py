@@ -8,8 +8,10 @@ from typing import Any
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.types import ShardingType
 
 from torchrec_cafe.config import Auto
 from torchrec_cafe.distributed.constraints import ParameterConstraints
@@ -17,6 +19,9 @@ from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharde
 from torchrec_cafe.distributed.plan_report import PlanReport
 from torchrec_cafe.distributed.planner import EmbeddingShardingPlanner
 
+#: What tables can be constrained to, in TorchRec's words.
+SHARDING_TYPES = tuple(sharding_type.value for sharding_type in ShardingType)
+COMPUTE_KERNELS = tuple(kernel.value for kernel in EmbeddingComputeKernel)
 #: Names of the optimizers that tables can have.
 OPTIMIZERS = MappingProxyType(
     {

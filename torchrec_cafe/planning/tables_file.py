@@ -21,22 +21,13 @@ from torchrec_cafe.config import (
     TableKind,
 )
 from torchrec_cafe.distributed import ParameterConstraints
+from torchrec_cafe.distributed.capacity import COMPUTE_KERNELS, SHARDING_TYPES
+from torchrec_cafe.planning.entries import read_entries
 
 _KINDS: Mapping[str, type[TableKind]] = {
     kind.__name__: kind for kind in (Cafe, Hash, Lookahead, MemRec, QuotientRemainder)
 }
 _POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
-_REQUIRED = {"name": str, "num_embeddings": int, "embedding_dim": int}
-_OPTIONAL = {
-    "count": int,
-    "data_type": str,
-    "pooling": str,
-    "bag_size": (int, float),
-    "features": int,
-    "table": Mapping,
-    "sharding_types": list,
-    "compute_kernels": list,
-}
 
 
 @dataclass(frozen=True)
@@ -55,68 +46,20 @@ class Tables:
 def read_tables(path: Path) -> Tables:
     """Read a description of tables.
 
-    The file is a YAML list, or has one under ``tables``, of mappings with ``name``,
-    ``num_embeddings`` and ``embedding_dim``; and, if wanted, ``count`` (so many tables, named
-    ``<name>_0`` and so on), ``data_type`` (``FP32`` or ``FP16``), ``pooling`` (``sum`` or
-    ``mean``), ``bag_size`` (mean lookups of a sample), ``features`` (that share the table),
-    ``table`` (``{kind: Cafe, compression: 100}``), ``sharding_types``, ``compute_kernels``.
-
     Args:
         path: of the file.
 
     Raises:
         ValueError: naming the file, the table and the field, what it must be and what it was.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: must be YAML: {error}") from error
-    entries = content.get("tables") if isinstance(content, Mapping) else content
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(
-            f"{path}: must be a list of tables, or a mapping with one under `tables`, got "
-            f"{type(content).__name__}"
-        )
     configs: list[EmbeddingBagConfig] = []
     constraints: dict[str, ParameterConstraints] = {}
-    for number, entry in enumerate(entries):
-        where = f"{path}: table {number}"
-        _check(entry, where)
-        for name in _names(entry):
-            if name in constraints:
-                raise ValueError(f"{where}: the name {name!r} is taken by another table")
-            configs.append(_config(entry, name, where))
-            constraints[name] = _constraint(entry, where)
+    for name, entry in read_entries(path).items():
+        where = str(path)
+        configs.append(_config(entry, name, where))
+        constraints[name] = _constraint(entry, where)
     module = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
     return Tables(module, constraints)
-
-
-def _check(entry: Any, where: str) -> None:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where}: must be a mapping, got {entry!r}")
-    for name, wanted in _REQUIRED.items():
-        if not isinstance(entry.get(name), wanted) or isinstance(entry.get(name), bool):
-            raise ValueError(
-                f"{where}: {name} must be given as {wanted.__name__}, got {entry.get(name)!r}"
-            )
-    unknown = sorted(map(str, entry.keys() - _REQUIRED.keys() - _OPTIONAL.keys()))
-    if unknown:
-        raise ValueError(f"{where} ({entry['name']!r}): unknown fields {unknown}")
-    for name, wanted in _OPTIONAL.items():
-        value = entry.get(name)
-        if value is not None and not isinstance(value, wanted):
-            raise ValueError(f"{where} ({entry['name']!r}): {name} cannot be {value!r}")
-    for name in ("num_embeddings", "embedding_dim", "count", "features", "bag_size"):
-        if entry.get(name, 1) <= 0:
-            raise ValueError(f"{where} ({entry['name']!r}): {name} must be > 0, got {entry[name]}")
-
-
-def _names(entry: Mapping[str, Any]) -> list[str]:
-    if "count" not in entry:
-        return [entry["name"]]
-    return [f"{entry['name']}_{number}" for number in range(entry["count"])]
 
 
 def _choice(entry: Mapping[str, Any], field: str, choices: Mapping[str, Any], where: str) -> Any:
@@ -142,6 +85,11 @@ def _config(entry: Mapping[str, Any], name: str, where: str) -> EmbeddingBagConf
 
 
 def _constraint(entry: Mapping[str, Any], where: str) -> ParameterConstraints:
+    for field, known in (("sharding_types", SHARDING_TYPES), ("compute_kernels", COMPUTE_KERNELS)):
+        if unknown := [value for value in entry.get(field) or () if value not in known]:
+            raise ValueError(
+                f"{where} ({entry['name']!r}): {field} must be of {list(known)}, got {unknown}"
+            )
     bag_size = float(entry.get("bag_size", 1))
     return ParameterConstraints(
         table=_kind(entry, where),

@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from torchrec_cafe.config import Cafe, save_statistics
+    from torchrec_cafe.config import Cafe, TableShape, item_bytes, save_statistics
+    from torchrec_cafe.planning.entries import read_entries
     from torchrec_cafe.profile.costs import cache_cost, compression_cost, parse_cache_size
     from torchrec_cafe.profile.page import as_page
     from torchrec_cafe.profile.report import Report, printed, table_reports
@@ -136,7 +137,13 @@ def _run(args: argparse.Namespace) -> None:
     )
     if args.days is not None and (args.day_column or args.time_column):
         raise ValueError("only one of --days, --day-column and --time-column must be given")
-    described = _described_tables(args)
+    TableShape(  # refused before an hour of reading
+        name="--embedding-dim",
+        num_embeddings=1,
+        embedding_dim=args.embedding_dim,
+        item_bytes=item_bytes(args.dtype),
+    )
+    described = dict(read_entries(args.tables)) if args.tables is not None else {}
     source = open_source(args)
     profile = profile_trace(source, options, days=args.days, progress=not args.quiet)
     shapes = _shapes(args, profile.largest_ids, described)
@@ -233,36 +240,13 @@ def _open_files(paths: list[Path], columns: Columns) -> Source:
     return ArrowSource(paths, columns)
 
 
-def _described_tables(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What ``--tables`` says."""
-    if args.tables is None:
-        return {}
-    import yaml
-
-    try:
-        content = yaml.safe_load(args.tables.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{args.tables}: {error}") from None
-    known = {"num_embeddings": int, "embedding_dim": int, "dtype": str}
-    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
-        raise ValueError(f"{args.tables}: must map tables to {sorted(known)}, got {content!r:.100}")
-    for table, fields in content.items():
-        for name, value in fields.items():
-            if name not in known or type(value) is not known[name]:
-                raise ValueError(
-                    f"{args.tables}: table {table!r}: fields must be num_embeddings (integer), "
-                    f"embedding_dim (integer) and dtype (text), got {name}: {value!r}"
-                )
-    return {str(table): fields for table, fields in content.items()}
-
-
 def _shapes(
-    args: argparse.Namespace, largest: Mapping[str, int], described: dict[str, dict[str, Any]]
+    args: argparse.Namespace, largest: Mapping[str, int], described: dict[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     from torchrec_cafe.config import item_bytes
     from torchrec_cafe.profile.costs import shapes_of
 
-    rows = {name: f["num_embeddings"] for name, f in described.items() if "num_embeddings" in f}
+    rows = {name: f["num_embeddings"] for name, f in described.items()}
     for name, value in _named("--num-embeddings", args.num_embeddings).items():
         number = int(_number("--num-embeddings", value))
         if name != value and name not in largest:
@@ -272,5 +256,5 @@ def _shapes(
         rows |= dict.fromkeys(largest, number) if name == value else {name: number}
     fields = {name: described.get(name, {}) for name in largest}
     dims = {name: f.get("embedding_dim", args.embedding_dim) for name, f in fields.items()}
-    sizes = {name: item_bytes(f.get("dtype", args.dtype)) for name, f in fields.items()}
+    sizes = {name: item_bytes(f.get("data_type", args.dtype)) for name, f in fields.items()}
     return shapes_of(largest, rows, dims, sizes)

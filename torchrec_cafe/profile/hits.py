@@ -85,17 +85,6 @@ class HitCurves:
         hits = np.append(0.0, np.cumsum(shares))
         return hits[np.searchsorted(needed, rows)].clip(0, 1)
 
-    def fully_associative(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Hit rates of caches that evict the least recently used of all rows.
-
-        Args:
-            rows: float64 ``[C]``, of each cache, >= 1.
-
-        Returns:
-            float64 ``[C]``, in [0, 1].
-        """
-        return self._below(self._distances, rows)
-
     def look_ahead(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Hit rates of a look-ahead cache: least recently used of the rows that nobody needs.
 
