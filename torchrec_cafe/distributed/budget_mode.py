@@ -25,6 +25,7 @@ from torchrec_cafe.distributed.grouping import (
     check_table,
     collections_of,
     group_alone,
+    own_sharder,
     ranks_of_a_table,
     table_shape,
 )
@@ -91,13 +92,7 @@ class BudgetMode:
             module: the model.
             sharders: must hold an :class:`EmbeddingBagCollectionSharder` of this package.
         """
-        ours = next((s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder)), None)
-        if ours is None:
-            raise ValueError(
-                "the planner has `auto`, so `sharders` must hold a torchrec_cafe."
-                "EmbeddingBagCollectionSharder, got "
-                f"{[type(sharder).__name__ for sharder in sharders]}"
-            )
+        ours = own_sharder(sharders, "the planner has `auto`")
         tables = [
             (path, collection, config)
             for path, collection in collections_of(module, sharders)

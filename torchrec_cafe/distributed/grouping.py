@@ -48,6 +48,25 @@ def collections_of(
     return list(found.values())
 
 
+def own_sharder(sharders: Sequence[Any], reason: str) -> EmbeddingBagCollectionSharder:
+    """The sharder of this package among a planner's.
+
+    Args:
+        sharders: whatever will shard the model.
+        reason: why there must be one, for the message.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for sharder in sharders:
+        if isinstance(sharder, EmbeddingBagCollectionSharder):
+            return sharder
+    raise ValueError(
+        f"{reason}, so `sharders` must hold a torchrec_cafe.EmbeddingBagCollectionSharder, got "
+        f"{[type(sharder).__name__ for sharder in sharders]}"
+    )
+
+
 def table_shape(config: EmbeddingBagConfig) -> TableShape:
     """The shape of a table, uncompressed."""
     return TableShape(
@@ -76,17 +95,11 @@ def group_tables(
         ValueError: naming the table, if it is unknown, has no sharder that can compress it, an
             optimizer or pooling that it cannot have, or no row left.
     """
-    ours = [s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder)]
-    if not ours:
-        raise ValueError(
-            f"tables {sorted(constraints)} are compressed, so `sharders` must hold a "
-            "torchrec_cafe.EmbeddingBagCollectionSharder, got "
-            f"{[type(sharder).__name__ for sharder in sharders]}"
-        )
+    ours = own_sharder(sharders, f"tables {sorted(constraints)} are compressed")
     groups: Groups = {}
     found: dict[str, str] = {}
     for path, collection in collections_of(module, sharders):
-        grouped = _group_collection(collection, constraints, topology, ours[0].fused_params)
+        grouped = _group_collection(collection, constraints, topology, ours.fused_params)
         groups[id(collection)] = grouped
         for name in grouped:
             if name in found:

@@ -45,6 +45,7 @@ from torchrec_cafe.distributed.grouping import (
     Groups,
     collections_of,
     group_tables,
+    own_sharder,
     ranks_of_a_table,
     table_shape,
 )
@@ -220,8 +221,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
     def _plan_in_budget(
         self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]], auto: Auto
     ) -> ShardingPlan:
-        if asked := self._with_kind(self._given):  # refuse before anything takes long
-            group_tables(module, sharders, asked, self._topology)
+        taken_device, taken_host = self._taken(module, sharders)  # refuses what cannot be
         mode = BudgetMode(auto, self._topology, self._given, self._batch_size)
         mode.enumerate(module, sharders)
         if not mode.has_tables:
@@ -236,7 +236,6 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         on_cpu = self._topology.compute_device == "cpu"
         device = [d.storage.ddr if on_cpu else d.storage.hbm for d in left]
         host = [0 if on_cpu else d.storage.ddr for d in left]
-        taken_device, taken_host = self._taken(module, sharders)
         whole = min(device), min(host)
         failure: PlannerError | None = None
         for attempt in range(_ATTEMPTS):
@@ -334,7 +333,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         planned: Mapping[str, PlannedTable],
     ) -> dict[str, OptimizerState]:
         """What optimizers keep for plain tables: a budget has to count it."""
-        ours = next(s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder))
+        ours = own_sharder(sharders, "tables have a kind, or may get one")
         return {
             name: optimizer_state(bag, ours.fused_params, bag.embedding_dim)
             for _, collection in collections_of(module, sharders)
@@ -349,7 +348,7 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         kinds: Mapping[str, ParameterConstraints],
     ) -> None:
         """What the planning sharder offers besides TorchRec's is for tables with a kind only."""
-        ours = next(s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder))
+        ours = own_sharder(sharders, "tables have a kind, or may get one")
         types = ours.sharding_types(self._topology.compute_device)
         types = [t for t in types if t != ShardingType.GRID_SHARD.value]
         for _, collection in collections_of(module, sharders):
