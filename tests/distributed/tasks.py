@@ -97,3 +97,25 @@ def pooled(sharding_type: str, weighted: bool) -> tuple[Tensor, Tensor]:
         sharded.append(model(batch).values())
         unsharded.append(plain(batch).values())
     return torch.cat(sharded).detach(), torch.cat(unsharded).detach()
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """State tensors of all ranks; a rank that has no part of one may not know of it."""
+    names = {name for part in parts for name in part}
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+
+# All kinds in the same ranks, one after the other: starting ranks takes longer than most of them.
+
+
+def learn_all(kinds: list[str], sharding_type: str) -> dict[str, dict[str, Tensor]]:
+    learned = {kind: learn(kind, False, sharding_type) for kind in kinds}
+    return learned | {"cafe, weighted": learn("cafe", True, sharding_type)}
+
+
+def save_all(kinds: list[str], folder: str, sharding_type: str) -> dict[str, dict[str, Tensor]]:
+    return {kind: save(f"{folder}/{kind}", kind, sharding_type) for kind in kinds}
+
+
+def load_all(kinds: list[str], folder: str, sharding_type: str) -> dict[str, dict[str, Tensor]]:
+    return {kind: load(f"{folder}/{kind}", kind, sharding_type) for kind in kinds}

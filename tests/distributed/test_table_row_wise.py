@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import torchrec_cafe as tc
 from tests.distributed import models, tasks
@@ -18,25 +17,11 @@ KINDS = ["factors", "quotient_remainder", "mem_rec", "mem_rec_sample"]
 SHARDING = "table_row_wise"
 
 
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """State tensors of all ranks; a rank of another host does not know of them."""
-    names = {name for part in parts for name in part}
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
-
-
-# All kinds in the same ranks, one after the other: starting ranks takes longer than most of them.
-
-
-def _learn_all(sharding_type: str) -> dict[str, dict[str, Tensor]]:
-    learned = {kind: tasks.learn(kind, False, sharding_type) for kind in KINDS}
-    return learned | {"cafe, weighted": tasks.learn("cafe", True, sharding_type)}
-
-
 def test_tables_learn_what_row_wise_ones_do(tmp_path: Path):
-    (alone,) = run_ranks(1, tmp_path / "alone", _learn_all, "row_wise")
-    parts = run_ranks(4, tmp_path / "parts", _learn_all, SHARDING, num_hosts=2)
+    (alone,) = run_ranks(1, tmp_path / "alone", tasks.learn_all, KINDS, "row_wise")
+    parts = run_ranks(4, tmp_path / "parts", tasks.learn_all, KINDS, SHARDING, num_hosts=2)
     for kind, expected in alone.items():
-        joined = _joined([part[kind] for part in parts])
+        joined = tasks.joined([part[kind] for part in parts])
         assert joined.keys() == expected.keys()
         for name, whole in expected.items():
             if "sketch" in name:
@@ -45,26 +30,20 @@ def test_tables_learn_what_row_wise_ones_do(tmp_path: Path):
                 torch.testing.assert_close(joined[name], whole, msg=f"{kind}: {name}")
 
 
-def _save_all(folder: str, sharding_type: str) -> dict[str, dict[str, Tensor]]:
-    return {kind: tasks.save(f"{folder}/{kind}", kind, sharding_type) for kind in KINDS}
-
-
-def _load_all(folder: str, sharding_type: str) -> dict[str, dict[str, Tensor]]:
-    return {kind: tasks.load(f"{folder}/{kind}", kind, sharding_type) for kind in KINDS}
-
-
 @pytest.mark.parametrize("first", [SHARDING, "row_wise"])
 def test_checkpoints_do_not_depend_on_the_sharding(tmp_path: Path, first: str):
     layouts: dict[str, tuple[int, int]] = {SHARDING: (4, 2), "row_wise": (3, 1)}
     second = next(sharding_type for sharding_type in layouts if sharding_type != first)
     results = []
-    for number, (sharding_type, task) in enumerate(((first, _save_all), (second, _load_all))):
+    for number, (sharding_type, task) in enumerate(
+        ((first, tasks.save_all), (second, tasks.load_all))
+    ):
         ranks, hosts = layouts[sharding_type]
         folder = str(tmp_path / "checkpoint")
         where = tmp_path / str(number)
-        results.append(run_ranks(ranks, where, task, folder, sharding_type, num_hosts=hosts))
+        results.append(run_ranks(ranks, where, task, KINDS, folder, sharding_type, num_hosts=hosts))
     for kind in KINDS:
-        before, after = (_joined([part[kind] for part in parts]) for parts in results)
+        before, after = (tasks.joined([part[kind] for part in parts]) for parts in results)
         assert before.keys() == after.keys()
         for name, tensor in before.items():
             assert torch.equal(tensor, after[name]), (kind, name)

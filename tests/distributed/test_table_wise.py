@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torchrec.modules.embedding_configs import PoolingType
 
 import torchrec_cafe as tc
@@ -18,25 +17,11 @@ from tests.distributed.ranks import run_ranks
 KINDS = ["multi_level", "factors", "quotient_remainder", "mem_rec", "mem_rec_sample"]
 
 
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """State tensors of all ranks; a rank that has no part of one may not know of it."""
-    names = {name for part in parts for name in part}
-    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
-
-
-# All kinds in the same ranks, one after the other: starting ranks takes longer than most of them.
-
-
-def _learn_all(sharding_type: str) -> dict[str, dict[str, Tensor]]:
-    learned = {kind: tasks.learn(kind, False, sharding_type) for kind in KINDS}
-    return learned | {"cafe, weighted": tasks.learn("cafe", True, sharding_type)}
-
-
 def test_table_wise_tables_learn_what_row_wise_ones_do(tmp_path: Path):
-    (alone,) = run_ranks(1, tmp_path / "alone", _learn_all, "row_wise")
-    parts = run_ranks(2, tmp_path / "parts", _learn_all, "table_wise")
+    (alone,) = run_ranks(1, tmp_path / "alone", tasks.learn_all, KINDS, "row_wise")
+    parts = run_ranks(2, tmp_path / "parts", tasks.learn_all, KINDS, "table_wise")
     for kind, expected in alone.items():
-        joined = _joined([part[kind] for part in parts])
+        joined = tasks.joined([part[kind] for part in parts])
         assert joined.keys() == expected.keys()
         for name, whole in expected.items():
             if "sketch" in name:
@@ -45,22 +30,14 @@ def test_table_wise_tables_learn_what_row_wise_ones_do(tmp_path: Path):
                 torch.testing.assert_close(joined[name], whole, msg=f"{kind}: {name}")
 
 
-def _save_all(folder: str, sharding_type: str) -> dict[str, dict[str, Tensor]]:
-    return {kind: tasks.save(f"{folder}/{kind}", kind, sharding_type) for kind in KINDS}
-
-
-def _load_all(folder: str, sharding_type: str) -> dict[str, dict[str, Tensor]]:
-    return {kind: tasks.load(f"{folder}/{kind}", kind, sharding_type) for kind in KINDS}
-
-
 @pytest.mark.parametrize("types", [("table_wise", "row_wise"), ("row_wise", "table_wise")])
 def test_checkpoints_do_not_depend_on_the_sharding(tmp_path: Path, types: tuple[str, str]):
     folder = str(tmp_path / "checkpoint")
-    saved = run_ranks(2, tmp_path / "save", _save_all, folder, types[0])
-    loaded = run_ranks(3, tmp_path / "load", _load_all, folder, types[1])
+    saved = run_ranks(2, tmp_path / "save", tasks.save_all, KINDS, folder, types[0])
+    loaded = run_ranks(3, tmp_path / "load", tasks.load_all, KINDS, folder, types[1])
     for kind in KINDS:
-        before = _joined([part[kind] for part in saved])
-        after = _joined([part[kind] for part in loaded])
+        before = tasks.joined([part[kind] for part in saved])
+        after = tasks.joined([part[kind] for part in loaded])
         assert before.keys() == after.keys()
         for name, tensor in before.items():
             assert torch.equal(tensor, after[name]), (kind, name)
