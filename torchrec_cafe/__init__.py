@@ -28,6 +28,8 @@ from torchrec_cafe.config import (  # noqa: E402
     save_statistics,
 )
 from torchrec_cafe.distributed import (  # noqa: E402
+    CheckedLoadPlanner,
+    CheckpointManager,
     EmbeddingBagCollectionSharder,
     EmbeddingShardingPlanner,
     LookaheadTrainPipeline,
@@ -43,6 +45,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Auto",
     "Cafe",
+    "CheckedLoadPlanner",
+    "CheckpointManager",
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
     "Hash",

@@ -2,11 +2,13 @@
 
 from torchrec.distributed.planner.types import PlannerError
 
+from torchrec_cafe.distributed.checkpoint_manager import CheckpointManager
 from torchrec_cafe.distributed.constraints import ParameterConstraints
 from torchrec_cafe.distributed.embedding_bag import (
     EmbeddingBagCollectionSharder,
     ShardedCompressedEmbeddingBagCollection,
 )
+from torchrec_cafe.distributed.load_checks import CheckedLoadPlanner
 from torchrec_cafe.distributed.option import BudgetError
 from torchrec_cafe.distributed.pipeline import LookaheadTrainPipeline
 from torchrec_cafe.distributed.plan_report import PlannedRow, PlanReport
@@ -24,6 +26,8 @@ from torchrec_cafe.distributed.types import (
 
 __all__ = [
     "BudgetError",
+    "CheckedLoadPlanner",
+    "CheckpointManager",
     "CompressedGroup",
     "CompressedParameterSharding",
     "CompressedTable",
