@@ -153,7 +153,7 @@ def whole_state(model: DistributedModelParallel, optimizer: CombinedOptimizer) -
 
 
 def outcome(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> dict[str, Any]:
-    """A model that has seen 12 batches: its state, what it predicts, its losses on the next ones."""
+    """Of a model that has seen 12 batches: state, predictions, losses on the next batches."""
     return {
         "state": whole_state(model, optimizer),
         "predictions": predictions(model),

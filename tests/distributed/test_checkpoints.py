@@ -1,4 +1,4 @@
-"""Checkpoints of all kinds of tables load on any number of ranks, with tables sharded in any way."""
+"""Checkpoints of all kinds of tables load on any number of ranks, sharded in any way."""
 
 from __future__ import annotations
 

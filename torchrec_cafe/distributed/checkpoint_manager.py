@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -56,8 +55,9 @@ class CheckpointManager:
             raise ValueError(f"keep must be >= 1, got {keep}")
         self.folder = Path(folder)
         self._keep = keep
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._saving: Future[Any] | None = None
+        group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        self._group: dist.ProcessGroup = group  # every rank is in it
+        self._saving: Any = None  # the future of the save in the background
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
