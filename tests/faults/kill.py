@@ -131,9 +131,13 @@ def run(folder: Path, *, steps: int, save_every: int, kills: int, seed: int) -> 
             if rng.random() < 0.8:  # the others come while ranks start
                 _wait(folder, job, _trains)
             time.sleep(rng.uniform(0, 4))
+            while not _kill_one(folder, rng):  # ranks are just being started again
+                _wait(folder, job, bool)
+                if (folder / "end.json").exists():
+                    raise RuntimeError(f"the training was through too early, see {folder}")
+                time.sleep(0.1)
             before = _progress(folder)
-            if _kill_one(folder, rng):
-                _note(outcome, before, time.time(), lambda ready: _wait(folder, job, ready))
+            _note(outcome, before, time.time(), lambda ready: _wait(folder, job, ready))
         _wait(folder, job, lambda _: False)
         job.wait(timeout=PATIENCE)
     finally:
