@@ -32,6 +32,21 @@ void check_device(const Tensor& first, const Tensors&... others) {
   STD_TORCH_CHECK((same(others) && ...), "all tensors must be on one device");
 }
 
+// What an operator writes must be nobody else's: it would change its own input on the way. All are
+// contiguous.
+template <typename... Tensors>
+void check_apart(const Tensor& written, const char* name, const Tensors&... others) {
+  const auto end_of = [](const Tensor& tensor) {
+    return static_cast<const char*>(tensor.data_ptr()) + tensor.numel() * tensor.element_size();
+  };
+  const auto is_apart = [&](const Tensor& other) {
+    return written.numel() == 0 || other.numel() == 0 || end_of(written) <= other.data_ptr() ||
+           end_of(other) <= written.data_ptr();
+  };
+  STD_TORCH_CHECK((is_apart(others) && ...), "`", name,
+                  "` must share no memory with other arguments; clone it");
+}
+
 inline void check_mix_ids(const Tensor& ids, const Tensor& feature_offsets,
                           const Tensor& num_embeddings, const Tensor& out_of_range) {
   check_tensor(ids, "ids", ScalarType::Long, 1);
@@ -43,6 +58,7 @@ inline void check_mix_ids(const Tensor& ids, const Tensor& feature_offsets,
                   "feature_offsets must have one element more than num_embeddings");
   STD_TORCH_CHECK(out_of_range.numel() == num_embeddings.numel(),
                   "out_of_range must have as many elements as num_embeddings");
+  check_apart(out_of_range, "out_of_range", ids, feature_offsets, num_embeddings);
 }
 
 inline void check_buckets(const Tensor& buckets) {
@@ -56,6 +72,14 @@ inline void check_buckets(const Tensor& buckets) {
 // Positions and bags are 32-bit.
 inline void check_count(int64_t count, const char* name) {
   STD_TORCH_CHECK(count < (int64_t{1} << 31), name, " must have fewer than 2**31 elements");
+}
+
+// A product of two sizes, which might overflow.
+inline void check_count(int64_t parts, int64_t of_part, const char* name) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  STD_TORCH_CHECK(
+      parts == 0 || of_part == 0 || (parts < kMost && of_part < kMost && parts * of_part < kMost),
+      "`", name, "` must be fewer than 2**31, got ", parts, " times ", of_part);
 }
 
 // Ids of the bags of a batch, and a row of `tables` for each feature.
@@ -80,7 +104,7 @@ inline void check_remap(const Tensor& ids, const Tensor& offsets, const Tensor& 
   STD_TORCH_CHECK(num_shards >= 0 && num_shards <= 65536, "num_shards must be in [0, 65536]");
   STD_TORCH_CHECK(pool.hot_rows_per_shard >= 0 && pool.rows_per_shard >= pool.hot_rows_per_shard,
                   "`rows_per_shard` must be at least the hot rows of a shard");
-  check_count(buckets.size(0) * pool.rows_per_shard, "the rows of a pool");
+  check_count(buckets.size(0), pool.rows_per_shard, "rows_per_shard");
 }
 
 inline void check_statistics(const Tensor& buckets, const Tensor& inflation,
@@ -105,6 +129,9 @@ inline void check_observe(const Tensor& keys, const Tensor& shards, const Tensor
   check_statistics(buckets, inflation, counters);
   check_device(keys, shards, importance, buckets);
   STD_TORCH_CHECK(buckets.size(0) == 0 || buckets.size(1) > 0, "buckets must not be empty");
+  check_apart(buckets, "buckets", keys, shards, importance, inflation, counters);
+  check_apart(inflation, "inflation", keys, shards, importance, counters);
+  check_apart(counters, "counters", keys, shards, importance);
 }
 
 inline void check_learn(const Tensor& grad, const Tensor& offsets, const Tensor& keys,
@@ -132,6 +159,16 @@ inline void check_learn(const Tensor& grad, const Tensor& offsets, const Tensor&
                   "norms must be [shards, tables, 2]");
   check_device(grad, offsets, keys, shards, weights, features, norms, buckets);
   STD_TORCH_CHECK(buckets.size(0) == 0 || buckets.size(1) > 0, "buckets must not be empty");
+  const auto apart = [&](const Tensor& written, const char* name) {
+    check_apart(written, name, grad, offsets, keys, shards, weights, features);
+  };
+  apart(norms, "norms");
+  apart(buckets, "buckets");
+  apart(inflation, "inflation");
+  apart(counters, "counters");
+  check_apart(norms, "norms", buckets, inflation, counters);
+  check_apart(buckets, "buckets", inflation, counters);
+  check_apart(inflation, "inflation", counters);
 }
 
 inline void check_move_rows(const Tensor& rows, const Tensor& actions, const Tensor& new_keys,
@@ -152,6 +189,7 @@ inline void check_move_rows(const Tensor& rows, const Tensor& actions, const Ten
   STD_TORCH_CHECK(tables.size(1) == kTableColumns, "tables must have ", kTableColumns, " columns");
   STD_TORCH_CHECK(rows_per_shard >= actions.size(1),
                   "`rows_per_shard` must be at least the hot rows of a shard");
+  check_apart(rows, "rows", actions, new_keys, selected, tables);
 }
 
 inline void check_second_rows(const Tensor& rows, const Tensor& offsets, const Tensor& source,
@@ -182,7 +220,7 @@ inline void check_bloom(const Tensor& ids, const Tensor& offsets, const Tensor& 
   STD_TORCH_CHECK(shards_held >= 0 && bits_per_shard >= 1,
                   "`shards_held` must be at least 0, and rows or weights of a shard at least 1");
   STD_TORCH_CHECK(shards_held > 0 || ids.numel() == 0, "`ids` must be empty on a rank of no shard");
-  check_count(shards_held * bits_per_shard, "the rows or weights of a rank");
+  check_count(shards_held, bits_per_shard, "the rows or weights of a rank");
   check_count(num_hashes * ids.numel(), "num_hashes times ids");
 }
 
@@ -204,7 +242,7 @@ inline void check_keys(const Tensor& keys, const Tensor& shards, int64_t shards_
   STD_TORCH_CHECK(shards_held >= 0 && weights_per_shard >= 1,
                   "`shards_held` must be at least 0, and the weights of a shard at least 1");
   check_weights_per_shard(weights_per_shard);
-  check_count(shards_held * weights_per_shard, "the weights of a rank");
+  check_count(shards_held, weights_per_shard, "the weights of a rank");
   check_count(num_hashes * keys.numel(), "num_hashes times keys");
 }
 
@@ -281,6 +319,9 @@ inline void check_rebalance(const Tensor& selected, const Tensor& buckets, const
   check_tensor(owners, "owners", ScalarType::Int, 2);
   check_device(selected, buckets, owners);
   STD_TORCH_CHECK(owners.size(0) == buckets.size(0), "owners must be [shards, hot rows]");
+  check_apart(buckets, "buckets", selected, owners, inflation, counters);
+  check_apart(owners, "owners", selected, inflation, counters);
+  check_apart(counters, "counters", selected, inflation);
 }
 
 }  // namespace torchrec_cafe

@@ -49,6 +49,9 @@ struct PoolRows {
 
 // Columns of the `tables` tensor, int64 [features, kTableColumns]; one row per feature.
 inline constexpr int kTableColumns = 5;
+inline constexpr int64_t kMostIds = int64_t{1} << 47;
+inline constexpr int64_t kMostShards = int64_t{1} << 16;
+inline constexpr int64_t kMostTables = int64_t{1} << 15;
 
 struct Table {
   int64_t num_ids;      // rows of the uncompressed table, < 2^47

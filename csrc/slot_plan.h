@@ -139,14 +139,23 @@ inline void vacate_all(SlotMap& map, const std::vector<int32_t>& picked, SlotPla
   }
 }
 
-// The entries of a batch's rows. Says in `plan` if one of them is not announced.
+// A row that a batch names twice is found by a mark, which is taken off again.
+inline void mark(SlotEntry& entry) { entry.position = ~entry.position; }
+inline void unmark(SlotEntry& entry) {
+  if (entry.position < 0) mark(entry);
+}
+
+// The entries of a batch's rows, marked. Says in `plan` if one of them is not announced, or named
+// twice.
 inline std::vector<SlotEntry*> entries_of(SlotMap& map, const int64_t* distinct, int64_t size,
                                           SlotPlan& plan) {
   std::vector<SlotEntry*> found(size);
   for (int64_t i = 0; i < size; ++i) {
     prefetch_entry(map, distinct, i, size);
     SlotEntry* entry = map.find(distinct[i]);
-    if (entry->key != distinct[i] || entry->pending == 0) plan.unknown = distinct[i];
+    const bool known = entry->key == distinct[i] && entry->pending > 0 && entry->position >= 0;
+    if (!known) plan.unknown = distinct[i];
+    if (known) mark(*entry);
     if (entry->slot != kNoSlot) __builtin_prefetch(map.slots + entry->slot, 1);
     found[i] = entry;
   }
@@ -160,6 +169,7 @@ inline std::vector<int64_t> hold_hits(SlotMap& map, const std::vector<SlotEntry*
   for (size_t i = 0; i < entries.size(); ++i) {
     slots[i] = entries[i]->slot;
     --entries[i]->pending;
+    unmark(*entries[i]);
     if (slots[i] == kNoSlot) {
       misses.push_back(static_cast<int64_t>(i));
     } else {
@@ -184,7 +194,10 @@ inline SlotPlan plan(SlotMap& map, const int64_t* distinct, int64_t size, int32_
                      bool urgent, bool train, int32_t* slots) {
   SlotPlan result;
   const std::vector<SlotEntry*> entries = entries_of(map, distinct, size, result);
-  if (result.unknown >= 0) return result;
+  if (result.unknown >= 0) {
+    for (SlotEntry* entry : entries) unmark(*entry);
+    return result;
+  }
   const std::vector<int64_t> misses = hold_hits(map, entries, slots);
   const int64_t wanted = static_cast<int64_t>(misses.size()) - map.counters[kFreeSlots];
   std::vector<int32_t> picked;

@@ -21,6 +21,13 @@ inline SlotMap row_map_view(const Tensor& entries, const Tensor& queue, const Te
   STD_TORCH_CHECK(entries.size(0) > 1 && entries.size(0) < (int64_t{1} << 31),
                   "entries must be in [2, 2**31)");
   check_device(entries, queue, counters);
+  check_apart(entries, "entries", queue, counters);
+  check_apart(queue, "queue", counters);
+  const int64_t* count = counters.const_data_ptr<int64_t>();
+  const int64_t queued = count[kQueueTail] - count[kQueueHead];
+  STD_TORCH_CHECK(count[kUsedEntries] >= 0 && count[kUsedEntries] < entries.size(0) &&
+                      count[kQueueHead] >= 0 && queued >= 0 && queued <= entries.size(0),
+                  "`counters` must be those of a slot map, with an empty entry");
   SlotMap map{};
   map.entries = static_cast<SlotEntry*>(entries.data_ptr());
   map.capacity = entries.size(0);
@@ -36,6 +43,10 @@ inline SlotMap slot_map_view(const Tensor& entries, const Tensor& queue, const T
   check_tensor(free, "free", ScalarType::Int, 1);
   check_device(entries, slots, free);
   STD_TORCH_CHECK(free.numel() == slots.size(0), "free must be as long as slots");
+  check_apart(slots, "slots", entries, queue, counters, free);
+  check_apart(free, "free", entries, queue, counters);
+  STD_TORCH_CHECK(map.counters[kFreeSlots] >= 0 && map.counters[kFreeSlots] <= slots.size(0),
+                  "`counters` must have no more free slots than slots");
   map.slots = static_cast<Slot*>(slots.data_ptr());
   map.free = free.mutable_data_ptr<int32_t>();
   map.num_slots = slots.size(0);

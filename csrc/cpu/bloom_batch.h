@@ -29,6 +29,7 @@ struct Batch {
         num_features(tables_in.size(0)),
         batch_size((offsets_in.numel() - 1) / num_features) {
     check_offsets(offsets, offsets_in.numel(), ids_in.numel());
+    check_table_values(tables_in);
     for (int64_t f = 0; f < num_features; ++f) {
       tables.push_back(Table::load(tables_in.const_data_ptr<int64_t>(), f));
     }

@@ -22,6 +22,7 @@ void copy_rows_cpu(const Tensor& into, const Tensor& into_rows, const Tensor& fr
   check_copies(into, into_rows, rows);
   check_rows(from, "from");
   check_device(into, from);
+  check_apart(into, "into", into_rows, from, rows);
   STD_TORCH_CHECK(into.scalar_type() == from.scalar_type(), "from must have the dtype of into");
   if (rows.numel() == 0) return;
   check_row_numbers(into_rows, "into_rows", into.size(0));

@@ -97,6 +97,7 @@ size_t bounce_bytes(int64_t file, int64_t bytes) {
 void read_rows_cpu(int64_t file, const Tensor& rows, const Tensor& into, const Tensor& into_rows,
                    int64_t num_threads) {
   check_copies(into, into_rows, rows);
+  check_apart(into, "into", into_rows, rows);
   check_file(file, num_threads);
   if (rows.numel() == 0) return;
   check_row_numbers(into_rows, "into_rows", into.size(0));

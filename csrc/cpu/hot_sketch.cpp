@@ -106,6 +106,10 @@ std::tuple<Tensor, Tensor> rebalance_cpu(const Tensor& selected, const Tensor& b
     STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < state.sketch.num_shards,
                     "`selected` must be in [0, ", state.sketch.num_shards, "), got ", chosen[i]);
     STD_TORCH_CHECK(i == 0 || chosen[i] > chosen[i - 1], "`selected` must ascend");
+    const int64_t slots = std::min<int64_t>(state.sketch.num_buckets * kSlots, INT32_MAX);
+    const int32_t* owners_of = state.owners + chosen[i] * state.num_hot_rows;
+    STD_TORCH_CHECK(kernels().shards_fit(owners_of, state.num_hot_rows, slots),
+                    "`owners` must be -1 or slots of the shard, of which there are ", slots);
   }
   torch::stable::parallel_for(0, num_selected, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -24,6 +24,7 @@ Tensor mix_ids_cpu(const Tensor& ids, const Tensor& feature_offsets, const Tenso
     STD_TORCH_CHECK(offsets[f] >= last && offsets[f] <= ids.numel(),
                     "`feature_offsets` must ascend from 0 to the number of ids");
     last = offsets[f];
+    STD_TORCH_CHECK(f == num_features || sizes[f] >= 0, "`num_embeddings` must be >= 0");
   }
   STD_TORCH_CHECK(offsets[0] == 0 && last == ids.numel(),
                   "`feature_offsets` must ascend from 0 to the number of ids");

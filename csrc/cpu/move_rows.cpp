@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "checks.h"
+#include "cpu/offsets.h"
 #include "sketch_tensors.h"
 
 namespace torchrec_cafe {
@@ -26,6 +27,7 @@ void move_rows_cpu(const Tensor& rows, const Tensor& actions, const Tensor& new_
                    const Tensor& selected, const Tensor& tables, int64_t rows_per_shard,
                    int64_t hot_offset, double second_factor) {
   check_move_rows(rows, actions, new_keys, selected, tables, rows_per_shard);
+  check_table_values(tables);
   const RowMoves moves = row_moves(actions, new_keys, selected, tables, rows_per_shard, hot_offset);
   const int64_t num_rows = rows.size(0);
   for (int64_t i = 0; i < moves.size(); ++i) {

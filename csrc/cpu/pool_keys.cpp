@@ -20,6 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_keys_cpu(const Tensor& ids, const Tensor
   check_words(ranges, "ranges", kRowRangeWords);
   check_tensor(out_of_range, "out_of_range", ScalarType::Long, 1);
   check_device(ids, offsets, ranges, out_of_range);
+  check_apart(out_of_range, "out_of_range", ids, offsets, ranges);
   check_count(ids.numel(), "ids");
   const int64_t features = ranges.size(0);
   STD_TORCH_CHECK(features > 0 && out_of_range.numel() == features,

@@ -24,6 +24,7 @@ Remapped remap_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& table
                    bool with_source) {
   const PoolRows pool{hot_offset, rows_per_shard, hot_rows_per_shard};
   check_remap(ids, offsets, tables, buckets, num_shards, pool);
+  check_table_values(tables);
   const RowMap map = row_map(tables, offsets, buckets, first_shard, num_shards, pool);
   const int64_t num_ids = ids.numel();
   const RemapInput in{ids.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>()};

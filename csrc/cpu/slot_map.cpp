@@ -27,6 +27,7 @@ std::tuple<Tensor, Tensor> announce_rows_cpu(const Tensor& keys, const Tensor& e
   SlotMap map = row_map_view(entries, queue, counters);
   check_tensor(keys, "keys", ScalarType::Long, 1);
   check_device(keys, entries);
+  check_apart(keys, "keys", entries, queue, counters);
   const int64_t size = keys.numel();
   const int64_t* key = keys.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(number >= 0 && number < INT32_MAX, "`number` must be in [0, 2**31 - 1)");
@@ -58,17 +59,16 @@ std::tuple<Tensor, Tensor> move_tensors(const std::vector<SlotMove>& moves) {
 }
 
 void check_announced(bool is, int64_t row) {
-  STD_TORCH_CHECK(is, "`rows` must have been announced and not planned, got ", row);
+  STD_TORCH_CHECK(is, "`rows` must have been announced and not planned, got ", row,
+                  ", which is not, or twice");
 }
 
-void check_pending(const Tensor& rows, const SlotMap& map) {
-  const int64_t size = rows.numel();
+void check_pending(const Tensor& rows, SlotMap& map) {
   const int64_t* row = rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < size; ++i) {
-    prefetch_entry(map, row, i, size);
-    const SlotEntry& entry = *map.find(row[i]);
-    check_announced(row[i] >= 0 && entry.key == row[i] && entry.pending > 0, row[i]);
-  }
+  for (int64_t i = 0; i < rows.numel(); ++i) check_announced(row[i] >= 0, row[i]);
+  SlotPlan result;
+  for (SlotEntry* entry : entries_of(map, row, rows.numel(), result)) unmark(*entry);
+  check_announced(result.unknown < 0, result.unknown);
 }
 
 void retract_rows_cpu(const Tensor& rows, const Tensor& entries, const Tensor& queue,
@@ -76,6 +76,7 @@ void retract_rows_cpu(const Tensor& rows, const Tensor& entries, const Tensor& q
   SlotMap map = row_map_view(entries, queue, counters);
   check_tensor(rows, "rows", ScalarType::Long, 1);
   check_device(rows, entries);
+  check_apart(rows, "rows", entries, queue, counters);
   check_pending(rows, map);
   retract(map, rows.const_data_ptr<int64_t>(), rows.numel());
 }
@@ -86,6 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> plan_slots_cpu(
   SlotMap map = slot_map_view(entries, queue, counters, slots, free);
   check_tensor(rows, "rows", ScalarType::Long, 1);
   check_device(rows, entries);
+  check_apart(rows, "rows", entries, queue, counters, slots, free);
   const int64_t size = rows.numel();
   const int64_t* row = rows.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < size; ++i) check_announced(row[i] >= 0, row[i]);
@@ -133,6 +135,7 @@ void release_slots_cpu(const Tensor& held, const Tensor& slots) {
   check_words(slots, "slots", kSlotWords);
   check_tensor(held, "held", ScalarType::Int, 1);
   check_device(held, slots);
+  check_apart(held, "held", slots);
   SlotMap map{};
   map.slots = static_cast<Slot*>(slots.data_ptr());
   map.num_slots = slots.size(0);
@@ -147,6 +150,8 @@ void postpone_rows_cpu(const Tensor& rows, const Tensor& held, const Tensor& ent
   check_tensor(rows, "rows", ScalarType::Long, 1);
   check_tensor(held, "held", ScalarType::Int, 1);
   check_device(rows, held, entries);
+  check_apart(rows, "rows", entries, queue, counters, slots, free);
+  check_apart(held, "held", entries, queue, counters, slots, free);
   STD_TORCH_CHECK(rows.numel() == held.numel(), "held must be as long as rows");
   check_held(held, map);
   const int64_t* row = rows.const_data_ptr<int64_t>();
@@ -163,6 +168,9 @@ void grow_slot_map_cpu(const Tensor& entries, const Tensor& queue, const Tensor&
   const SlotMap from = row_map_view(entries, queue, counters);
   SlotMap to = row_map_view(new_entries, new_queue, new_counters);
   STD_TORCH_CHECK(to.capacity > from.capacity, "`state` must become larger");
+  check_apart(new_entries, "new_entries", entries, queue, counters);
+  check_apart(new_queue, "new_queue", entries, queue, counters);
+  check_apart(new_counters, "new_counters", entries, queue, counters);
   move_entries(from, to);
 }
 

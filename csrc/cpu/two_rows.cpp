@@ -89,6 +89,7 @@ Rows add_second_rows_cpu(const Tensor& rows, const Tensor& offsets, const Tensor
 
 Rows quotient_remainder_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& tables) {
   check_quotient_remainder(ids, offsets, tables);
+  check_table_values(tables);
   const int64_t num_ids = ids.numel();
   const int64_t num_bags = offsets.numel() - 1;
   const int64_t num_features = tables.size(0);

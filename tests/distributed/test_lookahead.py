@@ -279,7 +279,8 @@ def _plan_and_bounds() -> None:
     counts["weight_decay_mode"] = WeightDecayMode.COUNTER
     counts["counter_based_regularization"] = CounterBasedRegularizationDefinition()
     sharders = [tc.EmbeddingBagCollectionSharder(fused_params=counts)]
-    plan = models.planner(constraints).collective_plan(collection, sharders, dist.group.WORLD)
+    with pytest.raises(ValueError, match="table 't_a': .* got weight_decay_mode=COUNTER"):
+        models.planner(constraints).collective_plan(collection, sharders, dist.group.WORLD)
     with pytest.raises(ValueError, match="tables 't_a', 't_b', 't_c': .* nothing but momenta"):
         DistributedModelParallel(collection, plan=plan, sharders=sharders, device=CPU)
 
@@ -310,6 +311,38 @@ def test_a_pipeline_goes_on_after_a_failed_batch(tmp_path: Path):
     (trained,) = run_ranks(1, tmp_path, _go_on_after_a_failed_batch)
     assert len(trained) == 9
     assert all(map(math.isfinite, trained))
+
+
+def _leave_a_broken_batch_out(depth: int) -> None:
+    """What a pipeline trains is what it trains without the batch that it refuses."""
+    trained = []
+    for with_broken in (True, False):
+        torch.manual_seed(0)
+        model = sharded(KIND)
+        data: list[Any] = list(models.batches(6, 8, SIZES))
+        for place in (0, 4, 4) if with_broken else ():
+            lengths = torch.full((8 * len(SIZES),), -1)
+            keys = [name.replace("t_", "f_") for name in SIZES]
+            data.insert(place, KeyedJaggedTensor(keys=keys, values=lengths, lengths=lengths))
+        pipeline = tc.LookaheadTrainPipeline(model, dense_optimizer(model), CPU, depth=depth)
+        batches, sums, refused = iter(data), [], []
+        while True:
+            try:
+                sums.append(float(pipeline.progress(batches).sum()))
+            except ValueError as error:
+                refused.append(str(error))
+            except StopIteration:
+                break
+        assert len(refused) == len(data) - 6
+        assert all("lengths of bags must be >= 0, got -1" in reason for reason in refused)
+        trained.append(sums)
+    assert len(trained[0]) == 6
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_pipeline_leaves_a_broken_batch_out(tmp_path: Path, depth: int):
+    run_ranks(1, tmp_path, _leave_a_broken_batch_out, depth)
 
 
 def test_depth_must_be_positive():

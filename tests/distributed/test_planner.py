@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder as TorchRecSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner as TorchRecPlanner
 from torchrec.distributed.planner import Topology
@@ -183,6 +184,17 @@ def test_optimizers_that_cannot_follow_a_row_are_refused(optimizer):
             on_gpu.plan(models.collection(), [models.sharder(optimizer)])
     else:
         on_gpu.plan(models.collection(), [models.sharder(optimizer)])
+
+
+@pytest.mark.parametrize("mode", [WeightDecayMode.COUNTER, WeightDecayMode.DECOUPLE_GLOBAL])
+def test_optimizers_that_count_the_updates_of_a_row_are_refused(mode):
+    fused = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "weight_decay_mode": mode}
+    planner = models.planner(models.constraints(), 1)
+    counting = tc.EmbeddingBagCollectionSharder(fused_params=fused)
+    with pytest.raises(ValueError, match=f"'t_big': .* got weight_decay_mode={mode.name}, .*L2 or"):
+        planner.plan(models.collection(), [counting])
+    fused["weight_decay_mode"] = WeightDecayMode.DECOUPLE
+    planner.plan(models.collection(), [tc.EmbeddingBagCollectionSharder(fused_params=fused)])
 
 
 def test_dims_that_fbgemm_cannot_hold_are_refused():

@@ -92,6 +92,7 @@ __all__ = [
     "cut_by_boundaries",
     "default_backward_compute",
     "default_forward_compute",
+    "input_dist_of_no_samples",
     "kernels_of",
     "kernels_of_lookup",
     "lookups_of",
@@ -219,6 +220,35 @@ def pool_means_once(module: ShardedEmbeddingBagCollection) -> None:
         for feature in config.feature_names
         if feature not in divided_later
     ]
+
+
+def input_dist_of_no_samples(
+    module: ShardedEmbeddingBagCollection, ctx: Any, features: KeyedJaggedTensor
+) -> Any:
+    """The input dist of a rank that has no samples in a batch.
+
+    TorchRec 1.8 can neither make the divisor of means then, nor do without lengths.
+    """
+    values = features.values()
+    empty = KeyedJaggedTensor(
+        keys=features.keys(),
+        values=values,
+        weights=features.weights_or_none(),
+        lengths=values.new_empty(0, dtype=torch.int64),
+        stride=0,
+    )
+    if not module._has_mean_pooling_callback:
+        return ShardedEmbeddingBagCollection.input_dist(module, ctx, empty)
+    is_first = module._has_uninitialized_input_dist
+    module._has_mean_pooling_callback = False
+    try:
+        sent = ShardedEmbeddingBagCollection.input_dist(module, ctx, empty)
+    finally:
+        module._has_mean_pooling_callback = True
+    if is_first:
+        module._init_mean_pooling_callback(empty.keys(), None)
+    ctx.divisor = torch.ones(1, device=values.device)
+    return sent
 
 
 def set_row_boundaries(input_dist: RwSparseFeaturesDist, boundaries: list[Any]) -> None:

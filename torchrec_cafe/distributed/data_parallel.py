@@ -25,6 +25,7 @@ from torchrec_cafe.distributed._torchrec import (
     ShardedEmbeddingTable,
     TableBatchedEmbeddingSlice,
 )
+from torchrec_cafe.distributed.input import weights_of
 from torchrec_cafe.distributed.kernel import divide_by_sizes
 from torchrec_cafe.distributed.lookup import CompressedGroupedPooledEmbeddingsLookup, IdMixer
 from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
@@ -95,7 +96,7 @@ class DenseMemRecEmbeddingBag(BaseBatchedEmbeddingBag[Tensor]):
             ``[B, F * D]``.
         """
         pooled = self.bags(
-            features.values().long(), features.offsets().long(), features.weights_or_none()
+            features.values().long(), features.offsets().long(), weights_of(features)
         )
         if self._config.pooling is PoolingType.MEAN:
             pooled = divide_by_sizes(pooled, features)

@@ -20,10 +20,12 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_cafe.distributed._torchrec import (
     EmbeddingShardingInfo,
     ShardedEmbeddingBagCollection,
+    input_dist_of_no_samples,
     kernels_of,
     lookups_of,
     pool_means_once,
@@ -33,12 +35,14 @@ from torchrec_cafe.distributed.data_parallel import (
     CompressedDpPooledEmbeddingSharding,
     DenseMemRecEmbeddingBag,
 )
+from torchrec_cafe.distributed.input import InputCheck
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
 from torchrec_cafe.distributed.lookahead import (
     LOOKAHEAD_SHARDINGS,
     LookaheadEmbeddingBag,
     LookaheadGroupedPooledEmbeddingsLookup,
 )
+from torchrec_cafe.distributed.optimizers import check_one_optimizer
 from torchrec_cafe.distributed.row_wise import CompressedRwPooledEmbeddingSharding
 from torchrec_cafe.distributed.sharded_state import add_state, take_state
 from torchrec_cafe.distributed.table_row_wise import CompressedTwRwPooledEmbeddingSharding
@@ -206,6 +210,7 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         # Ids are those of the uncompressed tables.
         present_tables(self, module.logical_configs)
         pool_means_once(self)
+        self._check_input = InputCheck(module.logical_configs)
         for kernel in kernels_of(self):
             if isinstance(kernel, DenseMemRecEmbeddingBag):
                 pool = self.embedding_bags[kernel.group.name]
@@ -234,7 +239,7 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 info.fused_params[GROUP_PARAM] = module.groups[config.name]
                 prefix = _LOOKAHEAD if module.groups[config.name].looks_ahead else _COMPRESSED
                 result.setdefault(prefix + sharding_type, []).append(info)
-        _check_optimizers(result)
+        check_one_optimizer(result)
         return result
 
     @classmethod
@@ -260,6 +265,23 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             device,
             qcomm_codecs_registry=kwargs.get("qcomm_codecs_registry"),
         )
+
+    def input_dist(self, ctx: Any, features: Any) -> Any:
+        """Begin to send the ids of a batch to where their rows lie.
+
+        Args:
+            ctx: as TorchRec's.
+            features: as TorchRec's; of what is no ``KeyedJaggedTensor`` nothing is checked.
+
+        Raises:
+            TypeError: as :class:`InputCheck`; nothing has been sent then.
+            ValueError: as :class:`InputCheck`.
+        """
+        if isinstance(features, KeyedJaggedTensor):
+            self._check_input(features)
+            if features.stride() == 0:
+                return input_dist_of_no_samples(self, ctx, features)
+        return super().input_dist(ctx, features)
 
     def train(self, mode: bool = True) -> ShardedCompressedEmbeddingBagCollection:  # noqa: FBT001, FBT002
         """Set the mode, also of the kernels: TorchRec keeps its lookups out of ``children()``."""
@@ -290,23 +312,6 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         for kernel in kernels_of(self):
             if isinstance(kernel, CompressedEmbeddingBag):
                 yield kernel
-
-
-def _check_optimizers(infos: dict[str, list[EmbeddingShardingInfo]]) -> None:
-    """All tables of a group live in one TBE, which has one optimizer."""
-    params: dict[CompressedGroup, tuple[str, dict[str, Any]]] = {}
-    for info in (info for group in infos.values() for info in group):
-        group = (info.fused_params or {}).get(GROUP_PARAM)
-        if group is None:
-            continue
-        name = info.embedding_config.name
-        first, expected = params.setdefault(group, (name, info.fused_params or {}))
-        if info.fused_params != expected:
-            raise ValueError(
-                f"tables {first!r} and {name!r} share the group {group.name!r}, so they must have "
-                f"the same optimizer and fused parameters, got {expected} and {info.fused_params}; "
-                "give them kinds that differ (say, in compression) to keep them apart"
-            )
 
 
 class EmbeddingBagCollectionSharder(TorchRecSharder):

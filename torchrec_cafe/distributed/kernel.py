@@ -18,6 +18,7 @@ from torchrec_cafe.distributed._torchrec import (
     GroupedEmbeddingConfig,
     ShardedEmbeddingTable,
 )
+from torchrec_cafe.distributed.input import weights_of
 from torchrec_cafe.distributed.row_range_kernel import OWN_PARAMS, RowRangeEmbeddingBag
 from torchrec_cafe.distributed.types import GROUP_PARAM
 from torchrec_cafe.ops import PoolRows
@@ -54,11 +55,12 @@ def divide_by_sizes(pooled: Tensor, features: KeyedJaggedTensor) -> Tensor:
         features: the ``F * B`` bags.
     """
     sizes = features.lengths()
-    weights = features.weights_or_none()
+    weights = weights_of(features)
     if weights is not None:
         sizes = torch.segment_reduce(weights, "sum", offsets=features.offsets(), initial=0.0)
-    by_sample = sizes.view(-1, features.stride()).t().unsqueeze(2)
-    sums = pooled.view(features.stride(), by_sample.shape[1], -1)
+    samples, keys = features.stride(), len(features.keys())
+    by_sample = sizes.view(keys, samples).t().unsqueeze(2)
+    sums = pooled.view(samples, keys, pooled.shape[1] // keys)
     return (sums / (by_sample + 1e-6)).view_as(pooled)
 
 
@@ -96,6 +98,7 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
             device=device,
             fused_params=of_tbe,
         )
+        self.refuse_row_counters(of_tbe)
         self.bags = CompressedBags(self._rows(device, of_tbe), self._emb_module)
         self._optim = EmbeddingFusedOptimizer(config, self._emb_module, pg)
 
@@ -194,13 +197,10 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
         Returns:
             ``[B, F * D]``; of tables whose rows are spread over ranks, the rank's part of the sums
             of bags, or what :class:`MemRecSamples` gives.
-
-        Raises:
-            ValueError: for a batch whose features differ in batch size.
         """
-        self.refuse_variable_stride(features)
-        weights = features.weights_or_none()
-        pooled = self.bags(features.values().long(), features.offsets().long(), weights)
+        pooled = self.bags(
+            features.values().long(), features.offsets().long(), weights_of(features)
+        )
         if self.group.gives_parts:
             return pooled  # TorchRec divides the sum of the parts by the lengths of bags
         if self.group.is_per_sample:

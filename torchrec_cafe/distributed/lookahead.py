@@ -22,6 +22,7 @@ from torchrec_cafe.distributed._torchrec import (
     kernels_of_lookup,
 )
 from torchrec_cafe.distributed.bounds import BoundsReport
+from torchrec_cafe.distributed.input import weights_of
 from torchrec_cafe.distributed.lookup import CompressedGroupedPooledEmbeddingsLookup, OwnLookup
 from torchrec_cafe.distributed.row_range_kernel import OWN_PARAMS, RowRangeEmbeddingBag
 from torchrec_cafe.distributed.types import GROUP_PARAM
@@ -84,13 +85,7 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
             fused_params={k: v for k, v in fused_params.items() if k not in OWN_PARAMS},
             pooling_mode=self._pooling,
         )
-        if self._emb_module.counts_by_row:
-            names = ", ".join(repr(table.name) for table in self.group.tables)
-            raise ValueError(
-                f"tables {names}: the optimizer of Lookahead tables must keep nothing but momenta "
-                f"of rows, got {fused_params}; leave counter-based weight decay and "
-                "use_rowwise_bias_correction out"
-            )
+        self.refuse_row_counters(fused_params)
         store = self._store(kind)
         tables = [
             StoredTable(table.name, rows, table.num_features())
@@ -120,7 +115,6 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
         Args:
             features: what :meth:`forward` will be given.
         """
-        self.refuse_variable_stride(features)
         self.bags.look_ahead(features.values(), features.offsets(), features.lengths_or_none())
 
     def forward(self, features: KeyedJaggedTensor, *_args: Any, **_kwargs: Any) -> Tensor:
@@ -133,15 +127,13 @@ class LookaheadEmbeddingBag(RowRangeEmbeddingBag):
             ``[B, F * D]``; of row-wise tables, the rank's part of the sums of bags.
 
         Raises:
-            ValueError: for a batch whose features differ in batch size; for ids out of range, under
-                ``BoundsCheckMode.FATAL``.
+            ValueError: for ids out of range, under ``BoundsCheckMode.FATAL``.
             ScratchpadFullError: if the batch has more rows than slots can be had for.
         """
-        self.refuse_variable_stride(features)
         pooled = self.bags(
             features.values(),
             features.offsets(),
-            features.weights_or_none(),
+            weights_of(features),
             features.lengths_or_none(),
         )
         out_of_range = self.bags.out_of_range.clone()

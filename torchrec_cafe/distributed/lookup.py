@@ -74,6 +74,7 @@ class IdMixer(nn.Module):
             for table in tables
             for _ in range(table.num_features())
         ]
+        self._are_wide = max(sizes, default=0) > 2**31  # mixed ids need not fit where ids do
         self.register_buffer(
             "_num_embeddings",
             torch.tensor(sizes, dtype=torch.int64, device=device),
@@ -87,20 +88,14 @@ class IdMixer(nn.Module):
             features: ids of the uncompressed tables.
 
         Returns:
-            The same bags of mixed ids.
+            The same bags of mixed ids, of the same dtype unless a table has more ids than that.
 
         Raises:
-            ValueError: for an id out of range, under ``BoundsCheckMode.FATAL``; for features that
-                differ in batch size.
+            ValueError: for an id out of range, under ``BoundsCheckMode.FATAL``.
         """
-        if features.variable_stride_per_key():
-            raise ValueError(
-                f"tables {sorted(set(self._report.names))}: compressed tables need the same batch "
-                "size for every feature, got a KeyedJaggedTensor with variable stride"
-            )
         values, stride = features.values(), features.stride()
-        if stride == 0:
-            return features
+        if stride == 0:  # as others send theirs
+            return _with_values(features, values.long() if self._are_wide else values)
         out_of_range = torch.zeros_like(self._num_embeddings)
         mixed = mix_ids(
             values.long().contiguous(),
@@ -109,16 +104,21 @@ class IdMixer(nn.Module):
             out_of_range,
         )
         self._report(out_of_range)
-        return KeyedJaggedTensor(
-            keys=features.keys(),
-            values=mixed.to(values.dtype),
-            weights=features.weights_or_none(),
-            lengths=features.lengths(),
-            offsets=features.offsets(),
-            stride=stride,
-            length_per_key=features.length_per_key_or_none(),
-            offset_per_key=features.offset_per_key_or_none(),
-        )
+        return _with_values(features, mixed if self._are_wide else mixed.to(values.dtype))
+
+
+def _with_values(features: KeyedJaggedTensor, values: torch.Tensor) -> KeyedJaggedTensor:
+    """The same bags of other ids."""
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=values,
+        weights=features.weights_or_none(),
+        lengths=features.lengths(),
+        offsets=features.offsets(),
+        stride=features.stride(),
+        length_per_key=features.length_per_key_or_none(),
+        offset_per_key=features.offset_per_key_or_none(),
+    )
 
 
 class CompressedGroupedPooledEmbeddingsLookup(GroupedPooledEmbeddingsLookup):

@@ -1,4 +1,4 @@
-"""Which optimizers compressed tables can have: those whose state has a row for each row."""
+"""Which optimizers tables with a kind can have: those whose state has a row for each row."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
+
+from torchrec_cafe.distributed._torchrec import EmbeddingShardingInfo
+from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
 
 _ON_EVERY_DEVICE = (
     EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -15,6 +19,8 @@ _ON_EVERY_DEVICE = (
     EmbOptimType.EXACT_SGD,
 )
 _ON_CUDA = (EmbOptimType.ADAM, EmbOptimType.PARTIAL_ROWWISE_ADAM)
+# With row-wise Adagrad, these count the updates of each row.
+_COUNTING = (WeightDecayMode.COUNTER, WeightDecayMode.COWCLIP, WeightDecayMode.DECOUPLE_GLOBAL)
 
 
 def check_optimizer(
@@ -29,7 +35,7 @@ def check_optimizer(
         device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ValueError: naming the table, the optimizer, and those that work.
+        ValueError: naming the table, the optimizer or the setting, and those that work.
     """
     allowed = _ON_EVERY_DEVICE + (_ON_CUDA if device == "cuda" else ())
     for optimizer in _given(bag, fused_params):
@@ -40,6 +46,27 @@ def check_optimizer(
                 f"{', '.join(kind.name for kind in allowed)}, got {name}; use one of these "
                 "(EXACT_ROWWISE_ADAGRAD is the usual choice) or leave the table uncompressed"
             )
+    counting = _counting(bag, fused_params)
+    if counting is not None:
+        raise ValueError(
+            f"table {table!r}: the optimizer of a table with `table=` must keep nothing of a row "
+            f"but its momenta, got {counting}, which counts the updates of each row; "
+            "use weight_decay_mode=WeightDecayMode.L2 or DECOUPLE without such counts, or leave "
+            "`table` out"
+        )
+
+
+def _counting(bag: nn.Module, fused_params: dict[str, Any] | None) -> str | None:
+    """The setting by which an optimizer counts the updates of each row, if there is one."""
+    given = getattr(bag.weight, "_optimizer_kwargs", None) or []
+    params = {name: value for some in (fused_params or {}, *given) for name, value in some.items()}
+    mode = params.get("weight_decay_mode")
+    if mode in _COUNTING and EmbOptimType.EXACT_ROWWISE_ADAGRAD in _given(bag, fused_params):
+        return f"weight_decay_mode={WeightDecayMode(mode).name}"
+    config = params.get("extra_optimizer_config")
+    if getattr(config, "use_rowwise_bias_correction", False):
+        return "use_rowwise_bias_correction"
+    return None
 
 
 def _fused(optimizer: type[Any]) -> object:
@@ -48,6 +75,30 @@ def _fused(optimizer: type[Any]) -> object:
         return optimizer_type_to_emb_opt_type(optimizer)
     except ValueError:
         return optimizer
+
+
+def check_one_optimizer(infos: dict[str, list[EmbeddingShardingInfo]]) -> None:
+    """Refuse two optimizers in a group, whose tables live in one TBE.
+
+    Args:
+        infos: of the tables of a collection, by sharding type.
+
+    Raises:
+        ValueError: naming two tables and their optimizers.
+    """
+    params: dict[CompressedGroup, tuple[str, dict[str, Any]]] = {}
+    for info in (info for group in infos.values() for info in group):
+        group = (info.fused_params or {}).get(GROUP_PARAM)
+        if group is None:
+            continue
+        name = info.embedding_config.name
+        first, expected = params.setdefault(group, (name, info.fused_params or {}))
+        if info.fused_params != expected:
+            raise ValueError(
+                f"tables {first!r} and {name!r} share the group {group.name!r}, so they must have "
+                f"the same optimizer and fused parameters, got {expected} and {info.fused_params}; "
+                "give them kinds that differ (say, in compression) to keep them apart"
+            )
 
 
 @dataclass(frozen=True)

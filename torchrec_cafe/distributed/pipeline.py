@@ -66,8 +66,8 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
         """
         # TorchRec's rule: otherwise the batches that are left when the data ends are not trained.
         loads = self._execute_all_batches or not self.batches
-        while loads and len(self.batches) <= self._depth and self.enqueue_batch(dataloader_iter):
-            self._send(len(self.batches) - 1)
+        while loads and len(self.batches) <= self._depth:
+            loads = self._take_in(dataloader_iter)
         for number in range(min(len(self.batches), self._depth + 1)):
             self._look_ahead(number)
 
@@ -96,8 +96,7 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
         self._wait_for_look_ahead()
         # The batch that is looked ahead for next: its ids travel while this one trains.
         coming = len(self.batches)
-        if self.enqueue_batch(dataloader_iter):
-            self._send(coming)
+        self._take_in(dataloader_iter)
         try:
             losses, output = self._model_fwd(batch)
             if coming < len(self.batches):
@@ -125,6 +124,21 @@ class LookaheadTrainPipeline(PrefetchTrainPipelineSparseDist[In, Out]):
 
     def _stage(self, number: int) -> int:
         return self._stages.get(self.contexts[number].index, _LOADED)
+
+    def _take_in(self, dataloader_iter: Iterator[In]) -> bool:
+        """Load a batch and begin to send its ids; says whether there was one.
+
+        One that is refused is left out, and those before it go on in the next call.
+        """
+        if not self.enqueue_batch(dataloader_iter):
+            return False
+        try:
+            self._send(len(self.batches) - 1)
+        except BaseException:
+            self.batches.pop()
+            self.contexts.pop()
+            raise
+        return True
 
     def _send(self, number: int) -> None:
         """Begin to send a batch's ids to where their rows lie."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor, nn
 from torchrec.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_cafe.distributed._torchrec import (
     BaseBatchedEmbeddingBag,
@@ -48,13 +48,14 @@ class RowRangeEmbeddingBag(BaseBatchedEmbeddingBag[Tensor], FusedOptimizerModule
         """The optimizer that runs inside the TBE's backward."""
         return self._optim
 
-    def refuse_variable_stride(self, features: KeyedJaggedTensor) -> None:
-        """Raise a ``ValueError`` for a batch whose features differ in batch size."""
-        if features.variable_stride_per_key():
+    def refuse_row_counters(self, fused_params: dict[str, Any]) -> None:
+        """Raise a ``ValueError`` if the TBE counts by row: a row that moves has no counters."""
+        if self._emb_module.counts_by_row:
             names = ", ".join(repr(table.name) for table in self.group.tables)
             raise ValueError(
-                f"tables {names}: tables with `table=` need the same batch size for every feature, "
-                "got a KeyedJaggedTensor with variable stride; leave `table` out or pad the batch"
+                f"tables {names}: the optimizer of tables with `table=` must keep nothing but "
+                f"momenta of rows, got {fused_params}; leave counter-based weight decay and "
+                "use_rowwise_bias_correction out"
             )
 
     def named_buffers(  # torch's signature

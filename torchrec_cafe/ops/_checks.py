@@ -6,7 +6,12 @@ has refused, to say why: checking twice would cost more than a small batch takes
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, dtype
+
+# Function, place in the source and reason: how torch's stable ABI words what a check has found.
+_REASON = re.compile(r"\w+, .*?:\d+, (.*)")
 
 
 def check_tensor(
@@ -56,18 +61,20 @@ def check_same_device(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: all tensors must be on one device, got {text}")
 
 
-def value_error(op: str, error: RuntimeError) -> Exception:
+def value_error(op: str, error: Exception) -> Exception:
     """What to raise when an operator refuses its arguments for a reason that only it can see.
-
-    Such a message names its argument in backticks, after the place in the source that torch puts
-    before it.
 
     Args:
         op: operator, for the message.
         error: what it raised.
 
     Returns:
-        A ``ValueError`` in the caller's words, or ``error`` itself if it is about something else.
+        A ``ValueError`` or ``TypeError`` with the operator's reason, or ``error`` itself if it is
+        about something else.
     """
-    _, backtick, text = str(error).splitlines()[0].partition("`")
-    return ValueError(f"{op}: `{text}") if backtick else error
+    found = _REASON.match(str(error))
+    if found is None:
+        return error
+    reason = found.group(1)
+    kind = TypeError if reason.endswith("has the wrong dtype") else ValueError
+    return kind(f"{op}: {reason}")

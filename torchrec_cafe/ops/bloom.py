@@ -32,12 +32,20 @@ class BloomBits:
         shards_held: virtual shards of the rank, >= 0.
         per_shard: bits of a virtual shard, >= 1; of weights, a multiple of 4.
         num_hashes: hash functions, in [1, 16].
+
+    Raises:
+        ValueError: if the first shard is negative; operators refuse the other numbers.
     """
 
     first_shard: int
     shards_held: int
     per_shard: int
     num_hashes: int
+
+    def __post_init__(self) -> None:
+        """Check the first shard; see the class."""
+        if self.first_shard < 0:
+            raise ValueError(f"BloomBits: `first_shard` must be >= 0, got {self.first_shard}")
 
 
 class BitsOfSamples(NamedTuple):

@@ -26,6 +26,8 @@ ENTRIES_PER_ROW = 2
 class SlotMapState:
     """State of a slot map, on the CPU.
 
+    Dtypes, shapes and counters are checked; what else is in it is the operators' own, and trusted.
+
     Attributes:
         entries: int64 ``[C, 3]``, open addressing; see ``csrc/slot_map.h``.
         queue: int64 ``[C, 2]``, ring of the uses of rows in the order of the batches.
@@ -59,14 +61,38 @@ class SlotMapState:
 
         Args:
             rows: >= 0.
+
+        Raises:
+            ValueError: if the state is no slot map's.
         """
-        needed = int(self.counters[0]) + rows
+        used = int(self.counters[0])
+        if not 0 <= used < max(1, len(self.entries)):
+            raise ValueError(
+                f"SlotMapState: `counters` must begin with the used entries, fewer than "
+                f"{len(self.entries)}, got {used}; make the state with SlotMapState.empty"
+            )
+        needed = used + rows
         if needed <= len(self.entries) // 4 * 3:
             return
         new = _empty_map(ENTRIES_PER_ROW * max(needed, len(self.entries)))
         new[2][1] = self.counters[1]
         torch.ops.torchrec_cafe.grow_slot_map.default(self.entries, self.queue, self.counters, *new)
         self.entries, self.queue, self.counters = new
+
+    def explain(self, op: str) -> None:
+        """Raise a ``TypeError`` or ``ValueError`` for a dtype or shape that is not as above.
+
+        Args:
+            op: operator that has refused the state, for the message.
+        """
+        capacity = self.entries.shape[0] if self.entries.dim() else 0
+        slots = self.slots.shape[0] if self.slots.dim() else 0
+        check_tensor(op, "state.entries", self.entries, torch.int64, (None, ENTRY_WORDS))
+        check_tensor(op, "state.queue", self.queue, torch.int64, (capacity, USE_WORDS))
+        check_tensor(op, "state.counters", self.counters, torch.int64, (NUM_COUNTERS,))
+        check_tensor(op, "state.slots", self.slots, torch.int64, (None, SLOT_WORDS))
+        check_tensor(op, "state.free", self.free, torch.int32, (slots,))
+        check_same_device(op, entries=self.entries, counters=self.counters, slots=self.slots)
 
     @property
     def num_bytes(self) -> int:
@@ -139,15 +165,16 @@ def announce_rows(keys: Tensor, state: SlotMapState, number: int) -> Announced:
     Note:
         Deterministic. On the CPU. Not differentiable.
     """
-    state.make_room(keys.numel())
     try:
+        state.make_room(keys.numel())
         return Announced._make(
             torch.ops.torchrec_cafe.announce_rows.default(
                 keys, state.entries, state.queue, state.counters, number
             )
         )
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         check_tensor("announce_rows", "keys", keys, torch.int64, (None,))
+        state.explain("announce_rows")
         raise value_error("announce_rows", error) from None
 
 
@@ -196,6 +223,7 @@ def plan_slots(
         )
     except RuntimeError as error:
         check_tensor("plan_slots", "rows", rows, torch.int64, (None,))
+        state.explain("plan_slots")
         raise value_error("plan_slots", error) from None
 
 
@@ -244,6 +272,7 @@ def retract_rows(rows: Tensor, state: SlotMapState) -> None:
         )
     except RuntimeError as error:
         check_tensor("retract_rows", "rows", rows, torch.int64, (None,))
+        state.explain("retract_rows")
         raise value_error("retract_rows", error) from None
 
 
@@ -265,6 +294,7 @@ def release_slots(held: Tensor, state: SlotMapState) -> None:
         torch.ops.torchrec_cafe.release_slots.default(held, state.slots)
     except RuntimeError as error:
         check_tensor("release_slots", "held", held, torch.int32, (None,))
+        state.explain("release_slots")
         raise value_error("release_slots", error) from None
 
 
@@ -290,6 +320,7 @@ def postpone_rows(rows: Tensor, held: Tensor, state: SlotMapState) -> None:
     except RuntimeError as error:
         check_tensor("postpone_rows", "rows", rows, torch.int64, (None,))
         check_tensor("postpone_rows", "held", held, torch.int32, tuple(rows.shape))
+        state.explain("postpone_rows")
         raise value_error("postpone_rows", error) from None
 
 

@@ -79,6 +79,15 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         states = super().split_optimizer_states()
         return [super().split_embedding_weights()[0], *(states[0] if states else [])]
 
+    @property
+    def counts_by_row(self) -> bool:
+        """Whether the optimizer keeps counters of each row, which are not among its states."""
+        return (
+            self._used_rowwise_adagrad_with_counter
+            or self._used_rowwise_adagrad_with_global_weight_decay
+            or self.use_rowwise_bias_correction
+        )
+
     def pool(self, rows: Tensor, offsets: Tensor, factors: Tensor | None) -> Tensor:
         """Look up rows of the physical table and pool them by bag.
 
@@ -156,15 +165,6 @@ class SlotTBE(RowRangeTBE):
         write_back = None if self._write_back is None else self._write_back()
         if write_back is not None:
             write_back()
-
-    @property
-    def counts_by_row(self) -> bool:
-        """Whether the optimizer keeps counters of each row, which are not among its states."""
-        return (
-            self._used_rowwise_adagrad_with_counter
-            or self._used_rowwise_adagrad_with_global_weight_decay
-            or self.use_rowwise_bias_correction
-        )
 
     @property
     def counts_lookups(self) -> bool:
