@@ -192,7 +192,7 @@ def test_opcheck():
 def test_errors_name_the_argument():
     state = learned(0)
     batch = remap(torch.arange(8) % 11, state)
-    with pytest.raises(ValueError, match="`second_rows_per_shard` must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="`second_rows_per_shard` must be in .*, got -1"):
         PoolRows(offset=0, hot_rows_per_shard=1, second_rows_per_shard=-1)
     with pytest.raises(TypeError, match=r"`batch.second` must be torch.int32, got torch.int64"):
         ops.add_second_rows(batch._replace(second=batch.second.long()), POOL)

@@ -229,12 +229,14 @@ def input_dist_of_no_samples(
 
     TorchRec 1.8 can neither make the divisor of means then, nor do without lengths.
     """
-    values = features.values()
+    values, lengths = features.values(), features.lengths_or_none()
+    # Of the dtype of the other ranks' lengths, which gloo relies on.
+    like = features.offsets() if lengths is None else lengths
     empty = KeyedJaggedTensor(
         keys=features.keys(),
         values=values,
         weights=features.weights_or_none(),
-        lengths=values.new_empty(0, dtype=torch.int64),
+        lengths=like.new_empty(0),
         stride=0,
     )
     if not module._has_mean_pooling_callback:

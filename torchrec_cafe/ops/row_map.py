@@ -89,14 +89,18 @@ def mix_ids(
         raise value_error("mix_ids", error) from None
 
 
+# Sums of row numbers then fit an operator's int64.
+_MAX_ROWS = 2**48
+
+
 @dataclass(frozen=True, kw_only=True)
 class PoolRows:
     """Where the rows of a pool lie: shard after shard, in each the hot rows before second rows.
 
     Attributes:
-        offset: physical row of the first, >= 0.
-        hot_rows_per_shard: rows of a shard that ids own, >= 0.
-        second_rows_per_shard: rows of a shard that medium ids add to their shared row, >= 0.
+        offset: physical row of the first, in [0, 2**48).
+        hot_rows_per_shard: rows of a shard that ids own, in [0, 2**48).
+        second_rows_per_shard: rows of a shard that medium ids add to their shared row, likewise.
 
     Raises:
         ValueError: if a number is out of range.
@@ -109,8 +113,10 @@ class PoolRows:
     def __post_init__(self) -> None:
         """Check the numbers; see the class."""
         for name in ("offset", "hot_rows_per_shard", "second_rows_per_shard"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"PoolRows: `{name}` must be >= 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < _MAX_ROWS:
+                raise ValueError(
+                    f"PoolRows: `{name}` must be in [0, 2**48), got {getattr(self, name)}"
+                )
 
     @property
     def rows_per_shard(self) -> int:
