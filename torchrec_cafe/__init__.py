@@ -28,24 +28,32 @@ from torchrec_cafe.config import (  # noqa: E402
     save_statistics,
 )
 from torchrec_cafe.distributed import (  # noqa: E402
+    DenseSavePlanner,
     EmbeddingBagCollectionSharder,
     EmbeddingShardingPlanner,
     LookaheadTrainPipeline,
     ParameterConstraints,
     PlanReport,
+    convert,
+    dense_state_dict,
+    gather_tables,
     lookahead_statistics,
     pool_statistics,
     resident_bytes,
+    to_inference,
 )
+from torchrec_cafe.tables import IdCounts  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Auto",
     "Cafe",
+    "DenseSavePlanner",
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
     "Hash",
+    "IdCounts",
     "IdStatistics",
     "Lookahead",
     "LookaheadTrainPipeline",
@@ -54,9 +62,13 @@ __all__ = [
     "ParameterConstraints",
     "PlanReport",
     "QuotientRemainder",
+    "convert",
+    "dense_state_dict",
+    "gather_tables",
     "load_statistics",
     "lookahead_statistics",
     "pool_statistics",
     "resident_bytes",
     "save_statistics",
+    "to_inference",
 ]

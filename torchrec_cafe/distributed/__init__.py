@@ -3,10 +3,14 @@
 from torchrec.distributed.planner.types import PlannerError
 
 from torchrec_cafe.distributed.constraints import ParameterConstraints
+from torchrec_cafe.distributed.convert import convert
+from torchrec_cafe.distributed.dense_export import DenseSavePlanner, dense_state_dict
 from torchrec_cafe.distributed.embedding_bag import (
     EmbeddingBagCollectionSharder,
     ShardedCompressedEmbeddingBagCollection,
 )
+from torchrec_cafe.distributed.gathered import gather_tables
+from torchrec_cafe.distributed.inference import to_inference
 from torchrec_cafe.distributed.option import BudgetError
 from torchrec_cafe.distributed.pipeline import LookaheadTrainPipeline
 from torchrec_cafe.distributed.plan_report import PlannedRow, PlanReport
@@ -27,6 +31,7 @@ __all__ = [
     "CompressedGroup",
     "CompressedParameterSharding",
     "CompressedTable",
+    "DenseSavePlanner",
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
     "LookaheadTrainPipeline",
@@ -35,7 +40,11 @@ __all__ = [
     "PlannedRow",
     "PlannerError",
     "ShardedCompressedEmbeddingBagCollection",
+    "convert",
+    "dense_state_dict",
+    "gather_tables",
     "lookahead_statistics",
     "pool_statistics",
     "resident_bytes",
+    "to_inference",
 ]

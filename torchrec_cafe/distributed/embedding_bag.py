@@ -200,6 +200,7 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     ) -> None:
         """Shard; see the class."""
         super().__init__(module, module.plan, env, **options)
+        self.groups = module.groups
         # Ids are those of the uncompressed tables.
         present_tables(self, module.logical_configs)
         pool_means_once(self)

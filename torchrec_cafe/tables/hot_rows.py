@@ -144,6 +144,20 @@ class HotRowPool(nn.Module, ShardedState):
             )
         return self._hot_rows
 
+    def clear(self) -> None:
+        """Forget everything: no id owns a row, and none is tracked. The rows are left alone."""
+        empty = SketchState.empty(
+            shards=self.layout.shards_held,
+            buckets=self.layout.buckets_per_shard,
+            hot_rows=self.layout.rows.hot_rows_per_shard,
+            device=self.tables.device,
+        )
+        for name, tensor in empty.tensors().items():
+            self.sketch.tensors()[name].copy_(tensor)
+        self._norms.zero_()
+        self._hot_share.zero_()
+        self.reload()
+
     def reload(self) -> None:
         """Take over what a checkpoint has written into the sketch's tensors."""
         steps = self.sketch.steps

@@ -55,8 +55,8 @@ class WeightTable(ShardedState):
             device=device,
             fused_params={k: v for k, v in fused_params.items() if k not in _OTHER_PARAMS},
         )
-        with torch.no_grad():
-            self.table.fill_(start)
+        self._start = start
+        self.reset()
 
     @property
     def first_shard(self) -> int:
@@ -87,6 +87,13 @@ class WeightTable(ShardedState):
             if state.dim() > 0 and len(state) == self._num_rows  # a row's, not the step's
         }
         return {"weight_table": self.table} | states
+
+    def reset(self) -> None:
+        """Put the weights back to their start, and their optimizer state to 0."""
+        with torch.no_grad():
+            for tensor in self.state_tensors().values():
+                tensor.zero_()
+            self.table.fill_(self._start)
 
     def reload(self) -> None:
         """Nothing else depends on the tensors."""
