@@ -28,6 +28,7 @@ from torchrec_cafe.config import (  # noqa: E402
     save_statistics,
 )
 from torchrec_cafe.distributed import (  # noqa: E402
+    DeltaTracker,
     DenseSavePlanner,
     EmbeddingBagCollectionSharder,
     EmbeddingShardingPlanner,
@@ -42,6 +43,7 @@ from torchrec_cafe.distributed import (  # noqa: E402
     resident_bytes,
     to_inference,
 )
+from torchrec_cafe.serving import apply_delta  # noqa: E402
 from torchrec_cafe.tables import IdCounts  # noqa: E402
 
 __version__ = "0.1.0"
@@ -49,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Auto",
     "Cafe",
+    "DeltaTracker",
     "DenseSavePlanner",
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
@@ -62,6 +65,7 @@ __all__ = [
     "ParameterConstraints",
     "PlanReport",
     "QuotientRemainder",
+    "apply_delta",
     "convert",
     "dense_state_dict",
     "gather_tables",

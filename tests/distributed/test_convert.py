@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import torchrec_cafe as tc
 from tests.distributed import models
 from tests.distributed.ranks import run_ranks
+from torchrec_cafe.distributed import conversion
 
 CAFE = dataclasses.replace(models.CAFE, medium_fraction=0.3, half_life=4000)
 KINDS: dict[str, Any] = {
@@ -148,6 +150,7 @@ def _save_all(folder: str) -> dict[str, dict[str, Tensor]]:
 
 
 def _convert_all(folder: str) -> dict[str, dict[str, Any]]:
+    conversion.CHUNK_BYTES = 10_000 * dist.get_world_size()  # a table has many chunks
     result = _convert(f"{folder}/rowwise", list(KINDS), "rowwise")
     return {"rowwise": result, "adagrad": _convert(f"{folder}/adagrad", ["factors"], "adagrad")}
 

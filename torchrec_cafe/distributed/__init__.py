@@ -3,7 +3,8 @@
 from torchrec.distributed.planner.types import PlannerError
 
 from torchrec_cafe.distributed.constraints import ParameterConstraints
-from torchrec_cafe.distributed.convert import convert
+from torchrec_cafe.distributed.conversion import convert
+from torchrec_cafe.distributed.delta import DeltaTracker
 from torchrec_cafe.distributed.dense_export import DenseSavePlanner, dense_state_dict
 from torchrec_cafe.distributed.embedding_bag import (
     EmbeddingBagCollectionSharder,
@@ -31,6 +32,7 @@ __all__ = [
     "CompressedGroup",
     "CompressedParameterSharding",
     "CompressedTable",
+    "DeltaTracker",
     "DenseSavePlanner",
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",

@@ -19,6 +19,7 @@ from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
 from torchrec_cafe.distributed.types import CompressedGroup
 from torchrec_cafe.ops import PoolRows
 from torchrec_cafe.tables import MemRecLayout, TableLayout
+from torchrec_cafe.tables.touched import of_lookups
 from torchrec_cafe.tables.view import GroupLayout, GroupView, TableView
 
 # Of the state that a checkpoint holds, what lookups need.
@@ -109,6 +110,24 @@ def _allocate(everyone: list[Any]) -> dict[str, Tensor]:
         size = sizes.setdefault(name, ([0] * len(shape), dtype))[0]
         size[:] = [max(pair) for pair in zip(size, ends, strict=True)]
     return {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in sizes.items()}
+
+
+def gather_concat(tensor: Tensor, group: dist.ProcessGroup, *, to: int | None = None) -> Tensor:
+    """The tensors of all ranks, one after the other; every rank of the group has to call it.
+
+    Args:
+        tensor: ``[n, ...]``, of any ``n`` on each rank.
+        group: the ranks.
+        to: rank of the group that gets them; ``None``: all do.
+
+    Returns:
+        On the CPU; ``[0, ...]`` on ranks that get nothing.
+    """
+    sizes: list[int] = [0] * dist.get_world_size(group)
+    dist.all_gather_object(sizes, len(tensor), group=group)
+    first = sum(sizes[: dist.get_rank(group)])
+    part = Part("all", (first, *[0] * (tensor.dim() - 1)), tensor)
+    return gather([part], group, to=to).get("all", tensor[:0].cpu())
 
 
 def collections_with_kinds(
@@ -256,4 +275,5 @@ def _parts(
         for name in _LOOKUP_STATE:
             if name in tensors:
                 rest = (0,) * (tensors[name].dim() - 1)
-                yield Part(name, (kernel.bags.state.first_shard, *rest), tensors[name])
+                read = of_lookups(tensors[name]) if name == "sketch_buckets" else tensors[name]
+                yield Part(name, (kernel.bags.state.first_shard, *rest), read)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,14 +114,26 @@ def data_type_of(dtype: torch.dtype) -> DataType:
     return data_type
 
 
-def _load_others(unsharded: nn.Module, state: dict[str, Any], collections: dict[str, Any]) -> None:
+def other_state(state: Mapping[str, Any], collections: Iterable[str]) -> dict[str, Tensor]:
+    """What a model's state dict has besides its collections.
+
+    Args:
+        state: of the sharded model.
+        collections: their names.
+    """
     prefixes = tuple(f"{name}." for name in collections)
-    others = {
+    return {
         key: value
         for key, value in state.items()
         if isinstance(value, Tensor) and not key.startswith(prefixes)
     }
-    wanted = {key for key in unsharded.state_dict() if not key.startswith(prefixes)}
+
+
+def _load_others(
+    unsharded: nn.Module, state: Mapping[str, Any], collections: Iterable[str]
+) -> None:
+    others = other_state(state, collections)
+    wanted = other_state(unsharded.state_dict(), collections).keys()
     if wanted != others.keys():
         raise ValueError(
             f"`unsharded` must have the same parameters as the sharded model, but differs in "

@@ -7,11 +7,23 @@ from torchrec_cafe.serving.collection import (
     quantize_rows,
     quantized_bags,
 )
+from torchrec_cafe.serving.delta import (
+    CollectionDelta,
+    GroupDelta,
+    ModelDelta,
+    RowsDelta,
+    apply_delta,
+)
 
 __all__ = [
+    "CollectionDelta",
+    "GroupDelta",
     "GroupFeatures",
+    "ModelDelta",
     "PhysicalBags",
+    "RowsDelta",
     "ServedEmbeddingBagCollection",
+    "apply_delta",
     "quantize_rows",
     "quantized_bags",
 ]

@@ -122,6 +122,11 @@ class PhysicalBags(nn.Module):
         row_map: finds the rows.
         rows: the physical rows, float32 or float16 ``[R, D]``.
         data_type: what they are quantised to.
+
+    Attributes:
+        row_map: finds the rows.
+        bags: has the rows.
+        name: of the physical table.
     """
 
     def __init__(
@@ -130,14 +135,13 @@ class PhysicalBags(nn.Module):
         """Quantise the rows; see the class."""
         super().__init__()
         self.row_map = row_map
-        self._name = group.name
+        self.name = group.name
         self._features = list(group.features)
         self._columns = len(group.features) * group.embedding_dim
         self._dim = group.embedding_dim
         self._weighted = group.is_weighted
         self._mean = group.pooling is PoolingType.MEAN
         self._factors = row_map.has_factors
-        self._data_type = data_type
         table = EmbeddingBagConfig(
             name=group.name,
             num_embeddings=len(rows),
@@ -168,7 +172,7 @@ class PhysicalBags(nn.Module):
             weights = factors.index_select(0, source)
         elif self._weighted:
             weights = selected.weights().index_select(0, source)
-        pooled = self.bags(bags_of_rows(self._name, rows, starts, weights)).values()
+        pooled = self.bags(bags_of_rows(self.name, rows, starts, weights)).values()
         pooled = pooled.view(-1, self._columns)
         if self._mean:
             sizes = offsets.diff().float()
@@ -196,7 +200,12 @@ class ServedEmbeddingBagCollection(nn.Module):
         others: stock quantised bags of one pooling each, with the names of their embeddings.
         names: all embeddings, in the order of the result.
         dims: columns of each.
+
+    Attributes:
+        version: int64 scalar, of the model that it was made from; 0: no tracker has made it.
     """
+
+    version: Tensor
 
     def __init__(
         self,
@@ -207,6 +216,7 @@ class ServedEmbeddingBagCollection(nn.Module):
     ) -> None:
         """Join them; see the class."""
         super().__init__()
+        self.register_buffer("version", torch.zeros((), dtype=torch.int64))
         self.groups = nn.ModuleList([group for group, _ in groups])
         self.others = nn.ModuleList([other for other, _ in others])
         self._names = list(names)

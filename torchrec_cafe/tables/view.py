@@ -60,13 +60,14 @@ class GroupView:
     """All that lookups of a group need, in one place.
 
     It takes what the kind says is resident over all ranks
-    (:class:`torchrec_cafe.MemoryBreakdown`), less the counters of the sketch.
+    (:class:`torchrec_cafe.MemoryBreakdown`), less what the sketch has for learning.
 
     Attributes:
         layout: where the rows lie.
         rows: float32 or float16 ``[R, D]``, the physical rows.
-        state: ``sketch_buckets`` int64 ``[S, W, 8]`` and ``weight_table`` float32 ``[S, weights]``,
-            as far as the kind has them.
+        state: ``sketch_buckets`` int64 ``[S, W, 8]``, what lookups read of the sketch
+            (:func:`torchrec_cafe.tables.touched.of_lookups`), and ``weight_table`` float32
+            ``[S, weights]``, as far as the kind has them.
     """
 
     layout: GroupLayout

@@ -15,6 +15,7 @@ from torchrec_cafe.ops import Lookups, Remapped, key_factors, key_factors_backwa
 from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.state import ShardedState
+from torchrec_cafe.tables.touched import TouchedRows
 
 # Of the TBE of the weights: it has its own precision, and its output is not used.
 _OTHER_PARAMS = frozenset({"output_dtype"})
@@ -32,6 +33,9 @@ class WeightTable(ShardedState):
         start: what every weight starts at.
         device: where they live.
         fused_params: the optimizer's arguments, as of the TBE of the rows.
+
+    Attributes:
+        touched: notes the rows of four weights that are trained; ``None``: nobody wants to know.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class WeightTable(ShardedState):
             device=device,
             fused_params={k: v for k, v in fused_params.items() if k not in _OTHER_PARAMS},
         )
+        self.touched: TouchedRows | None = None
         self._start = start
         self.reset()
 
@@ -108,6 +113,8 @@ class WeightTable(ShardedState):
         """
         if self.tbe.get_learning_rate() != learning_rate:
             self.tbe.set_learning_rate(learning_rate)
+        if self.touched is not None:
+            self.touched.mark(rows)
         with torch.enable_grad():
             starts = torch.arange(len(rows) + 1, device=rows.device)
             looked_up = self.tbe(indices=rows, offsets=starts)

@@ -21,6 +21,7 @@ from torchrec_cafe.distributed.dense_source import DenseSource, RowRangeReader
 from torchrec_cafe.distributed.embedding_bag import ShardedCompressedEmbeddingBagCollection
 from torchrec_cafe.distributed.gathered import collections_with_kinds, compressed_groups
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
+from torchrec_cafe.distributed.touched import FOLLOWED
 from torchrec_cafe.distributed.types import CompressedGroup, CompressedTable
 from torchrec_cafe.ops import first_mixed_id, mix_ids
 from torchrec_cafe.tables.filling import Counted, GroupFiller
@@ -70,6 +71,8 @@ def convert(  # noqa: PLR0913  a checkpoint, as DCP names it, and what is in it
     """
     if (checkpoint_id is None) == (storage_reader is None):
         raise ValueError("give checkpoint_id or storage_reader, and not both")
+    if any(module in FOLLOWED for module in model.modules()):
+        raise ValueError("convert the model before it has a DeltaTracker, which would miss it")
     source = DenseSource(storage_reader or RowRangeReader(str(checkpoint_id)))
     named = _Named(source, _joined(model_key), optimizer_key)
     jobs = [
