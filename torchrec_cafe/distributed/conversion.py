@@ -166,7 +166,7 @@ class _Named:
             ]
             mean = blocks[0] if len(blocks) == 1 else torch.stack(blocks).mean(0)
             parts.append(mean if mean.dim() == 2 else mean.unsqueeze(1))
-        return torch.cat(parts, 1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _joined(key: str) -> str:
@@ -363,17 +363,20 @@ class _Exchange:
             weights: float64 ``[N]``.
 
         Returns:
-            The same of the ids that this rank owns, less the first of them, ascending.
+            The same of the ids that this rank owns, less the first of them, in an order that
+            follows from the arguments of all ranks.
         """
+        if dist.get_world_size(self._ranks) == 1:
+            return mixed - self._first, values, weights
         owner = self._owners[torch.searchsorted(self._begins, mixed, right=True) - 1]
         order = owner.argsort(stable=True)
         sent = torch.bincount(owner, minlength=dist.get_world_size(self._ranks))
         received = torch.empty_like(sent, device=self._device)
         dist.all_to_all_single(received, sent.to(self._device), group=self._ranks)
         sizes = received.tolist(), sent.tolist()
-        mixed, values, weights = (self._send(t[order], sizes) for t in (mixed, values, weights))
-        ascending = mixed.argsort()
-        return mixed[ascending] - self._first, values[ascending], weights[ascending]
+        sorted_ = (tensor.index_select(0, order) for tensor in (mixed, values, weights))
+        mixed, values, weights = (self._send(tensor, sizes) for tensor in sorted_)
+        return mixed - self._first, values, weights
 
     def _send(self, tensor: Tensor, sizes: tuple[list[int], list[int]]) -> Tensor:
         into, out = sizes

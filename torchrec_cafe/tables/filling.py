@@ -183,21 +183,27 @@ class TableFiller:
         hot = HotRows.none(ids.device) if self._pool is None else self._pool.hot_rows()
         starts = torch.tensor([0, len(ids)], device=ids.device)
         batch = remap(ids, starts, self._columns, hot, with_source=False)
+        rows = batch.rows
         if self._pool is not None:
-            own = batch.rows >= self._pool.layout.rows.offset
-            rows = values[own]
-            if self._lookup.factors is not None:
-                some = batch._replace(keys=batch.keys[own], shards=batch.shards[own])
-                factors = self._lookup.factors.of(some).unsqueeze(1)
-                rows[:, : self._widths[0]] /= factors  # lookups multiply by it
-            self._write(batch.rows[own], rows)
-            ids, values, weights = ids[~own], values[~own], weights[~own]
-            batch = batch._replace(rows=batch.rows[~own])
+            own = rows >= self._pool.layout.rows.offset
+            self._add_own(batch, values, own.nonzero().squeeze(1))
+            others = (~own).nonzero().squeeze(1)
+            rows, values = rows[others], values.index_select(0, others)
+            weights = weights[others]
         if self._table.shared_rows == self._table.num_ids:
             weights = torch.ones_like(weights)  # a row an id: no rounding
-        shared = batch.rows - self._begin
+        shared = rows - self._begin
         self._sums.index_add_(0, shared, values * weights.float().unsqueeze(1))
         self._weights.index_add_(0, shared, weights)
+
+    def _add_own(self, batch: Remapped, values: Tensor, which: Tensor) -> None:
+        """Write the rows of hot ids."""
+        values = values.index_select(0, which)
+        if self._lookup.factors is not None:
+            hot = batch._replace(keys=batch.keys[which], shards=batch.shards[which])
+            factors = self._lookup.factors.of(hot).unsqueeze(1)
+            values[:, : self._widths[0]] /= factors  # lookups multiply by it
+        self._write(batch.rows[which], values)
 
     def finish(self) -> None:
         """Write the means; a row whose ids are all hot becomes the mean of theirs."""
