@@ -100,6 +100,22 @@ def _seconds(into: dict[str, float], name: str) -> Iterator[None]:
     into[name] = time.perf_counter() - start
 
 
+def _time_checkpoints(
+    into: Any, model: Any, batches: list[KeyedJaggedTensor], spent: dict[str, float]
+) -> None:
+    """Seconds of an export as an uncompressed checkpoint, and of the conversion of that."""
+    with tempfile.TemporaryDirectory() as folder:
+        with _seconds(spent, "dense export"):
+            state = {"model": tc.dense_state_dict(model)}
+            dcp.save(state, checkpoint_id=folder, planner=tc.DenseSavePlanner())
+        counts = {
+            name: tc.IdCounts.of(torch.cat([batch[f"f_{name}"].values() for batch in batches]))
+            for name in TABLES
+        }
+        with _seconds(spent, "conversion"):
+            tc.convert(into, folder, counts=counts)
+
+
 def _measure(compression: float, batches: list[KeyedJaggedTensor], rounds: int) -> list[Row]:
     plain, followed = _model(compression), _model(compression)
     tracker = tc.DeltaTracker(followed)
@@ -134,16 +150,7 @@ def _measure(compression: float, batches: list[KeyedJaggedTensor], rounds: int) 
     exact = followed(batches[0]).values()
     assert (mine - exact).abs().max() < 0.02 * exact.abs().max()
     served_over = _ratios((lambda: look_up(followed), lambda: look_up(served)), rounds)
-    with tempfile.TemporaryDirectory() as folder:
-        with _seconds(spent, "dense export"):
-            state = {"model": tc.dense_state_dict(followed)}
-            dcp.save(state, checkpoint_id=folder, planner=tc.DenseSavePlanner())
-        counts = {
-            name: tc.IdCounts.of(torch.cat([batch[f"f_{name}"].values() for batch in batches]))
-            for name in TABLES
-        }
-        with _seconds(spent, "conversion"):
-            tc.convert(plain, folder, counts=counts)
+    _time_checkpoints(plain, followed, batches, spent)
     case = f"{compression:g}x"
     rows = [Row(f"{case}/{name}", seconds, "s") for name, seconds in spent.items()]
     for name in ("dense export", "conversion"):

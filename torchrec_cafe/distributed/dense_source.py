@@ -79,7 +79,7 @@ class RowRangeReader(FileSystemReader):
                 self._slice_file(file, info), map_location="meta", weights_only=True
             )
         storage = tensor.untyped_storage()
-        begin = getattr(storage, "_checkpoint_offset", None)  # unknown before torch 2.12
+        begin = getattr(storage, "_checkpoint_offset", None)  # older torch does not say
         if begin is None or not tensor.is_contiguous():
             return None
         begin += tensor.storage_offset() * tensor.dtype.itemsize

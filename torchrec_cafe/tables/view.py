@@ -125,13 +125,18 @@ class GroupView:
         """
         row_map = self.row_map([table])
         rows, starts, source, factors = row_map(ids, torch.arange(len(ids) + 1))
-        found = self.rows.index_select(0, rows).float()
-        if row_map.has_factors:
-            found *= factors.index_select(0, source).unsqueeze(1)
-        if len(rows) == len(ids):
-            return found.to(self.rows.dtype)
-        summed = torch.segment_reduce(found, "sum", offsets=starts, axis=0, initial=0.0)
-        return summed.to(self.rows.dtype)
+        table = self.rows
+        if table.dtype is not torch.float32:
+            table, rows = table.index_select(0, rows).float(), torch.arange(len(rows))
+        pooled = torch.nn.functional.embedding_bag(
+            rows,
+            table,
+            starts,
+            mode="sum",
+            include_last_offset=True,
+            per_sample_weights=factors.index_select(0, source) if row_map.has_factors else None,
+        )
+        return pooled.to(self.rows.dtype)
 
 
 @dataclass(frozen=True)
