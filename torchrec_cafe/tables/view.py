@@ -125,12 +125,12 @@ class GroupView:
         """
         row_map = self.row_map([table])
         rows, starts, source, factors = row_map(ids, torch.arange(len(ids) + 1))
-        table = self.rows
-        if table.dtype is not torch.float32:
-            table, rows = table.index_select(0, rows).float(), torch.arange(len(rows))
+        weight = self.rows
+        if weight.dtype is not torch.float32:
+            weight, rows = weight.index_select(0, rows).float(), torch.arange(len(rows))
         pooled = torch.nn.functional.embedding_bag(
             rows,
-            table,
+            weight,
             starts,
             mode="sum",
             include_last_offset=True,
