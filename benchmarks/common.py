@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from examples.dlrm.report import as_text, command_output, machine
+from examples.dlrm.report import command_output, machine
+from torchrec_cafe.config.text import as_text
 
 NATIVE = Path(__file__).parent / "native"
 

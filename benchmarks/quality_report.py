@@ -19,7 +19,8 @@ from benchmarks.quality_records import PAPER, RECOVERY, Records, figures, spread
 from benchmarks.quality_run import BATCH_SIZE, DATA
 from benchmarks.quality_traces import plot_traces, trace_figures, trace_table
 from benchmarks.quality_variants import VARIANTS, variant
-from examples.dlrm.report import as_text, command_output, machine
+from examples.dlrm.report import command_output, machine
+from torchrec_cafe.config.text import as_text
 
 _MINUS = "\N{MINUS SIGN}"
 _HEADINGS = {

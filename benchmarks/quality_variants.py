@@ -25,7 +25,7 @@ from torchrec_cafe.tables import HotRowPool
 #: compressions at which what is compared with cafe alone is trained by default
 _ABLATED = (100.0, 1000.0)
 #: arguments of Cafe in every variant that does not say how many weights a factor has
-WITHOUT_FACTORS = ("num_weight_hashes=0",)
+WITHOUT_FACTORS = ("num_weight_hashes=0", "medium_fraction=0.3")
 #: variants that are made from arguments of a kind and a number of epochs, such as
 #: ``cafe:hot_fraction=.5+half_life=300`` or ``mem_rec:num_hashes=2+epochs=3``
 _GENERIC = re.compile(r"(full|hash|cafe|mem_rec):([^/]+)")
@@ -191,8 +191,9 @@ VARIANTS = {
         text="the same without second rows: ids are hot or cold", kind="cafe_single_level"
     ),
     "cafe_factors": Variant(
-        text="Cafe whose ids have learned factors of four weights, the default from 50x on",
-        cafe=("num_weight_hashes=4",),
+        text="Cafe whose ids have learned factors of four weights, and second rows as in cafe; the "
+        "default from 3000x on",
+        cafe=("num_weight_hashes=4", "medium_fraction=0.3"),
     ),
     "mem_rec": Variant(text="MEM-REC, a row and four weights an id", kind="mem_rec"),
     "mem_rec_two_rows": Variant(
@@ -233,8 +234,9 @@ VARIANTS = {
 
 
 def _with_default(arguments: Sequence[str]) -> tuple[str, ...]:
-    says_how_many = any(text.startswith("num_weight_hashes=") for text in arguments)
-    return (*(() if says_how_many else WITHOUT_FACTORS), *arguments)
+    given = {text.split("=")[0] for text in arguments}
+    left = (text for text in WITHOUT_FACTORS if text.split("=")[0] not in given)
+    return (*left, *arguments)
 
 
 def variant(name: str) -> Variant:

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
 from benchmarks.common import Row
-from examples.dlrm.report import as_text
+from torchrec_cafe.config.text import as_text
 from torchrec_cafe.tables import CompressedBags
 
 _SETTLE = "CompressedBags.settle"

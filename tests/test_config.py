@@ -150,6 +150,21 @@ def test_weights_of_cafe_are_as_many_as_its_rows():
     assert abs(plain.memory.total_bytes - allocation.memory.total_bytes) < 5000
 
 
+@pytest.mark.parametrize(
+    ("compression", "factors", "second_rows"), [(10, 0, 0), (100, 4, 0), (4000, 4, 0.3)]
+)
+def test_factors_and_second_rows_come_with_the_compression(
+    compression: float, factors: int, second_rows: float
+):
+    kind = tc.Cafe(compression=compression)
+    assert (kind.weight_hashes, kind.second_rows) == (factors, second_rows)
+    allocation = kind.allocate(shapes(10_000_000, 5_000_000, dim=16))
+    assert (allocation.weights_per_shard > 0) == (factors > 0)
+    assert (allocation.second_rows_per_shard > 0) == (second_rows > 0)
+    fixed = tc.Cafe(compression=compression, num_weight_hashes=0, medium_fraction=0.1)
+    assert (fixed.weight_hashes, fixed.second_rows) == (0, 0.1)
+
+
 @pytest.mark.parametrize("dtype", ["float16", torch.float16, DataType.FP16])
 def test_memory_of_one_table(dtype):
     memory = tc.Cafe(compression=100).memory(1_000_000, 32, dtype)

@@ -24,7 +24,14 @@ from benchmarks.quality_records import Records, figures, won_back
 from benchmarks.quality_report import summary, table_of
 from benchmarks.quality_run import Run, Study, read_records, write_record
 from benchmarks.quality_traces import FROZEN, read_trace, recalls
-from benchmarks.quality_variants import VARIANTS, kernels, per_table, pools, variant
+from benchmarks.quality_variants import (
+    VARIANTS,
+    WITHOUT_FACTORS,
+    kernels,
+    per_table,
+    pools,
+    variant,
+)
 from examples.dlrm.config import TrainConfig
 from examples.dlrm.data import ClickLog
 from examples.dlrm.data.generator import write_generated
@@ -119,9 +126,12 @@ def test_a_study_finishes_one_seed_before_the_next():
 
 def test_variants_are_made_from_arguments():
     made = variant("cafe:hot_fraction=.5+half_life=30")
-    assert made.cafe == ("num_weight_hashes=0", "hot_fraction=.5", "half_life=30")
+    assert made.cafe == (*WITHOUT_FACTORS, "hot_fraction=.5", "half_life=30")
     assert made.ablation
-    assert variant("cafe:num_weight_hashes=2").cafe == ("num_weight_hashes=2",)
+    assert variant("cafe:num_weight_hashes=2").cafe == (
+        "medium_fraction=0.3",
+        "num_weight_hashes=2",
+    )
     made = variant("mem_rec:num_hashes=2+epochs=3")
     assert (made.kind, made.mem_rec, made.epochs) == ("mem_rec", ("num_hashes=2",), 3)
     assert not made.ablation

@@ -28,6 +28,8 @@ from torchrec_cafe.config import (  # noqa: E402
     save_statistics,
 )
 from torchrec_cafe.distributed import (  # noqa: E402
+    CheckedLoadPlanner,
+    CheckpointManager,
     DeltaTracker,
     DenseSavePlanner,
     EmbeddingBagCollectionSharder,
@@ -53,6 +55,8 @@ __all__ = [
     "Cafe",
     "DeltaTracker",
     "DenseSavePlanner",
+    "CheckedLoadPlanner",
+    "CheckpointManager",
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
     "Hash",

@@ -50,5 +50,12 @@ def train(
         h=h,
         j=j,
         max_retries=max_retries,
-        env={"PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+        env={
+            "PYTHONPATH": str(root),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+            # Otherwise ranks that are restarted look for each other where those before them were
+            # (torch 2.13, pytorch/pytorch#135712).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        },
     )

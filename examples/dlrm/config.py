@@ -29,6 +29,8 @@ DEFAULT_KINDS = ("full", "hash", "cafe")
 ARCHITECTURES = ("dlrm", "dcn")
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 
+_MAY_BE_ZERO = ("max_steps", "num_embeddings", "checkpoint_every")
+
 _EPILOG = """on a laptop:  torchx run -s local_cwd torchx_components/dlrm.py:train
 everything:   torchx run -s local_cwd torchx_components/dlrm.py:train --full
 own data:     torchx run -s local_cwd torchx_components/dlrm.py:train --data path/to/train.txt"""
@@ -67,7 +69,10 @@ class TrainConfig:
     epochs: int = _option(1, "how often to go through the training samples, in order")
     max_steps: int = _option(0, "stop each training after so many steps; 0: never")
     num_embeddings: int = _option(0, "most ids of a feature of Criteo's; 0: the data set's default")
-    checkpoint_dir: str = _option("", "where to save each trained model (DCP); empty: nowhere")
+    checkpoint_dir: str = _option(
+        "", "where to save each training (DCP), and go on with it if it is there; empty: nowhere"
+    )
+    checkpoint_every: int = _option(0, "steps between two saves; 0: only at the end")
     out: str = _option("runs/latest", "folder of the report, the plot and TensorBoard's scalars")
 
     def __post_init__(self) -> None:
@@ -119,7 +124,7 @@ class TrainConfig:
 
     def _check_numbers(self) -> None:
         least = dict.fromkeys(("sample", "batch_size", "embedding_dim", "epochs", "depth"), 1)
-        for name, lowest in (least | {"max_steps": 0, "num_embeddings": 0}).items():
+        for name, lowest in (least | dict.fromkeys(_MAY_BE_ZERO, 0)).items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}")
         for name in ("learning_rate", "dense_learning_rate"):

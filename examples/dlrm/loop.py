@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from torchmetrics.functional.classification import binary_auroc
@@ -21,6 +19,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from tqdm import tqdm
 
 import torchrec_cafe as tc
+from examples.dlrm.checkpoints import RunCheckpoints
 from examples.dlrm.config import EXACT_KINDS, TrainConfig
 from examples.dlrm.data import BatchLoader, ClickLog
 from examples.dlrm.model import constraints, shard
@@ -84,16 +83,14 @@ def run(
     model, optimizer = shard(config, log, tables, device)
     label = kind if kind in EXACT_KINDS else f"{kind} {compression:g}x"
     label += f" seed {seed}" if len(config.seed) > 1 else ""
-    speed = _train(config, log, model, optimizer, label, on_step)
+    saved = None
+    if config.checkpoint_dir:
+        folder = Path(config.checkpoint_dir) / label.replace(" ", "_")
+        saved = RunCheckpoints(folder, config.checkpoint_every, model, optimizer)
+    speed = _train(config, log, model, optimizer, label, on_step, saved)
     auc, log_loss = _evaluate(config, log, model, device, label)
     resident = torch.tensor([tc.resident_bytes(model)], dtype=torch.int64, device=device)
     dist.all_reduce(resident)
-    if config.checkpoint_dir:
-        folder = Path(config.checkpoint_dir) / label.replace(" ", "_")
-        dcp.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-            checkpoint_id=folder,
-        )
     return Result(
         kind=kind,
         compression=1.0 if kind in EXACT_KINDS else compression,
@@ -122,16 +119,28 @@ def _loader(config: TrainConfig, log: ClickLog, *, train: bool) -> BatchLoader:
     )
 
 
-def _bar(label: str, total: int) -> tqdm:
+def _bar(label: str, total: int, done: int = 0) -> tqdm:
     """A progress bar on rank 0; a line now and then where the output is no terminal."""
     return tqdm(
         desc=label,
         total=total,
+        initial=done,
         unit=" samples",
         unit_scale=True,
         mininterval=1.0,
         disable=dist.get_rank() != 0,
     )
+
+
+def _num_steps(config: TrainConfig, log: ClickLog, of_an_epoch: int) -> int:
+    steps = config.epochs * of_an_epoch
+    steps = min(steps, config.max_steps or steps)
+    if steps == 0:
+        raise ValueError(
+            f"--batch_size {config.batch_size} on {dist.get_world_size()} ranks is more than the "
+            f"{len(log.train.labels)} training samples; use a smaller one"
+        )
+    return steps
 
 
 def _train(
@@ -141,47 +150,43 @@ def _train(
     optimizer: CombinedOptimizer,
     label: str,
     on_step: OnStep | None,
+    saved: RunCheckpoints | None,
 ) -> float:
-    """Samples per second, over all ranks."""
+    """Samples per second, over all ranks, since the training was last started."""
     loader = _loader(config, log, train=True)
-    steps = config.epochs * len(loader)
-    steps = min(steps, config.max_steps or steps)
-    if steps == 0:
-        raise ValueError(
-            f"--batch_size {config.batch_size} on {dist.get_world_size()} ranks is more than the "
-            f"{len(log.train.labels)} training samples; use a smaller one"
-        )
+    steps = _num_steps(config, log, len(loader))
+    begin = saved.resume() if saved is not None else 0
+    if saved is not None and begin >= steps:
+        return saved.samples_per_second
     pipeline = _pipeline(config, model, optimizer)
-    batches = itertools.chain.from_iterable(loader for _ in range(config.epochs))
+    batches = (loader[step % len(loader)] for step in range(begin, steps))
     per_step = config.batch_size * dist.get_world_size()
-    writer = None
-    if dist.get_rank() == 0:
-        writer = SummaryWriter(Path(config.out) / "tensorboard" / label.replace(" ", "_"))
-    warm_up = min(WARM_UP_STEPS, steps - 1)
+    scalars = _Scalars(config, label, model)
+    warm = begin + min(WARM_UP_STEPS, steps - 1 - begin)
     start = time.perf_counter()
     model.train()
-    with _bar(f"train {label}", steps * per_step) as bar:
-        for step in range(steps):
-            if step == warm_up:
+    with _bar(f"train {label}", steps * per_step, begin * per_step) as bar:
+        for step in range(begin, steps):
+            if step == warm:
                 start = time.perf_counter()
+            if saved is not None and step > begin:
+                saved.save_at(step)
             if on_step is not None:
                 on_step(step, model)
             loss, *_ = pipeline.progress(batches)
             bar.update(per_step)
             if step % _SCALARS_EVERY == 0 or step == steps - 1:
                 bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-                if writer is not None:
-                    samples = (step + 1) * per_step
-                    _write(writer, model, float(loss), samples)
-                    if step > warm_up:
-                        speed = (step - warm_up) * per_step / (time.perf_counter() - start)
-                        writer.add_scalar("train/samples_per_second", speed, samples)
-    elapsed = time.perf_counter() - start
+                elapsed = time.perf_counter() - start
+                speed = (step - warm) * per_step / elapsed if step > warm else None
+                scalars.write((step + 1) * per_step, float(loss), speed)
+    speed = (steps - warm) * per_step / (time.perf_counter() - start)
     pipeline.detach()
     _report_lookahead(model)
-    if writer is not None:
-        writer.close()
-    return (steps - warm_up) * per_step / elapsed
+    scalars.close()
+    if saved is not None:
+        saved.save_end(steps, speed)
+    return speed
 
 
 def _report_lookahead(model: nn.Module) -> None:
@@ -198,14 +203,34 @@ def _pipeline(
     return TrainPipelineSparseDist(model, optimizer, model.device)
 
 
-def _write(writer: SummaryWriter, model: nn.Module, loss: float, samples: int) -> None:
-    writer.add_scalar("train/loss", loss, samples)
-    scalars = tc.pool_statistics(model)
-    for name, statistics in tc.lookahead_statistics(model).items():
-        scalars[name] = statistics.scalars()
-    for name, of_name in scalars.items():
-        for statistic, value in of_name.items():
-            writer.add_scalar(f"{name}/{statistic}", value, samples)
+class _Scalars:
+    """What TensorBoard shows of a training; only the first rank writes."""
+
+    def __init__(self, config: TrainConfig, label: str, model: nn.Module) -> None:
+        self._model = model
+        self._writer: SummaryWriter | None = None
+        if dist.get_rank() == 0:
+            folder = Path(config.out) / "tensorboard" / label.replace(" ", "_")
+            self._writer = SummaryWriter(folder)
+
+    def write(self, samples: int, loss: float, samples_per_second: float | None) -> None:
+        """Write what is known after so many samples."""
+        if self._writer is None:
+            return
+        self._writer.add_scalar("train/loss", loss, samples)
+        if samples_per_second is not None:
+            self._writer.add_scalar("train/samples_per_second", samples_per_second, samples)
+        scalars = tc.pool_statistics(self._model)
+        for name, statistics in tc.lookahead_statistics(self._model).items():
+            scalars[name] = statistics.scalars()
+        for name, of_name in scalars.items():
+            for statistic, value in of_name.items():
+                self._writer.add_scalar(f"{name}/{statistic}", value, samples)
+
+    def close(self) -> None:
+        """Write what is left to write."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 @torch.no_grad()

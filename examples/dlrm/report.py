@@ -21,6 +21,7 @@ import torch
 from examples.dlrm.config import EXACT_KINDS, TrainConfig
 from examples.dlrm.data import ClickLog
 from examples.dlrm.loop import Result
+from torchrec_cafe.config.text import as_text
 
 _COLUMNS = ("tables", "AUC", "won back", "log-loss", "embedding bytes", "samples/s")
 _METRICS = {
@@ -83,17 +84,6 @@ def table(results: Sequence[Result]) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns for a terminal."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        first, *rest = zip(row, widths, strict=True)
-        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
 
 
 def command_output(*command: str) -> str:

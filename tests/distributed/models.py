@@ -19,6 +19,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_cafe as tc
+from torchrec_cafe.distributed.layout import parse_layout_key
 
 #: rows of each table; the first two are compressed by Cafe, the third by Hash, the last is fused
 SIZES = {"t_big": 5000, "t_small": 12, "t_hash": 700, "t_fused": 97}
@@ -163,13 +164,14 @@ def pools(model: nn.Module) -> list[Any]:
 
 
 def local_state(model: nn.Module) -> dict[str, Tensor]:
-    """This rank's part of each state tensor."""
+    """This rank's part of each state tensor; layouts, which are no rank's, are left out."""
     return {
         name: value.local_shards()[0].tensor.clone()
         if hasattr(value, "local_shards")
         else value.clone()
         for name, value in model.state_dict().items()
-        if not hasattr(value, "local_shards") or value.local_shards()
+        if parse_layout_key(name) is None
+        and (not hasattr(value, "local_shards") or value.local_shards())
     }
 
 

@@ -63,7 +63,9 @@ def run_ranks(
     Ranks of different hosts are told apart by their environment only, as TorchRec does it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    # Imports take longer than most of what ranks do: they are done once, before the forks.
+    context.set_forkserver_preload(["tests.distributed.tasks"])
     processes = [
         context.Process(
             target=_worker,

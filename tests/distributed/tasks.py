@@ -39,17 +39,6 @@ def save(folder: str, kind: str, sharding_type: str = "row_wise") -> dict[str, T
     return models.local_state(model)
 
 
-def load(folder: str, kind: str, sharding_type: str = "row_wise") -> dict[str, Tensor]:
-    model = all_of(kind, EmbOptimType.EXACT_ROWWISE_ADAGRAD, sharding_type)
-    loaded = {"model": model.state_dict()}
-    dcp.load(loaded, checkpoint_id=folder)
-    model.load_state_dict(loaded["model"])
-    state = models.local_state(model)
-    for batch in models.batches(2, 24, SIZES):
-        model(batch).values().sum().backward()
-    return state
-
-
 def pulls(kind: str, weighted: bool) -> Iterator[tuple[KeyedJaggedTensor, Tensor]]:
     """Batches, with a gradient of what they look up that does not depend on the weights.
 
@@ -111,11 +100,3 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def learn_all(kinds: list[str], sharding_type: str) -> dict[str, dict[str, Tensor]]:
     learned = {kind: learn(kind, False, sharding_type) for kind in kinds}
     return learned | {"cafe, weighted": learn("cafe", True, sharding_type)}
-
-
-def save_all(kinds: list[str], folder: str, sharding_type: str) -> dict[str, dict[str, Tensor]]:
-    return {kind: save(f"{folder}/{kind}", kind, sharding_type) for kind in kinds}
-
-
-def load_all(kinds: list[str], folder: str, sharding_type: str) -> dict[str, dict[str, Tensor]]:
-    return {kind: load(f"{folder}/{kind}", kind, sharding_type) for kind in kinds}

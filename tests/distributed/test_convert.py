@@ -217,7 +217,7 @@ def _check(result: dict[str, Any], saved: dict[str, Tensor], kind: str) -> None:
 def _check_states(result: dict[str, Any], saved: dict[str, Tensor]) -> None:
     """The same of optimizer states, on one rank."""
     _, first, hot, _ = result["t_big"]
-    names = ("t_big", "t_small", "cafe_pool_0")
+    names = ("t_big", "t_small", "cafe_pool_t_big")
     states = torch.cat([result["states"][f"{name}.momentum1"] for name in names])
     dense = saved["optimizer.state.ebc.embedding_bags.t_big.weight.t_big.momentum1"]
     if dense.dim() == 1:  # one after the other for the columns of each rank

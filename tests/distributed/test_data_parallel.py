@@ -22,7 +22,10 @@ import torchrec_cafe as tc
 from tests.distributed import models, tasks
 from tests.distributed.ranks import run_ranks
 
-ROWS, WEIGHTS = "embedding_bags.memrec_pool_0.weight", "embedding_bags.memrec_pool_0.weight_table"
+ROWS, WEIGHTS = (
+    "embedding_bags.memrec_pool_t_big.weight",
+    "embedding_bags.memrec_pool_t_big.weight_table",
+)
 
 
 def _replicas(kind: str, **options: Any) -> tuple[DistributedModelParallel, KeyedOptimizerWrapper]:
@@ -64,7 +67,7 @@ def test_replicas_learn_what_row_wise_tables_do(tmp_path: Path, kind: str, weigh
 
 def _inferred(per: str) -> None:
     """With gradients and without, the same; means are divided once."""
-    sizes = {"t_one": 500, "t_two": 31}
+    sizes = {"t_big": 500, "t_small": 31}
     pooling = PoolingType.MEAN if per == "token" else PoolingType.SUM
     kind = tc.MemRec(compression=2, per=per)
     replicated = tc.ParameterConstraints(table=kind, sharding_types=["data_parallel"])

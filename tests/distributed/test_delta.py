@@ -124,7 +124,7 @@ def _refused() -> list[str]:
         lambda: tc.convert(model, "nowhere", counts={}),
     ]
     if dist.get_rank() == 0:
-        rows = after_load.collections["ebc"].groups["cafe_pool_0"].rows.rows
+        rows = after_load.collections["ebc"].groups["cafe_pool_t_big"].rows.rows
         assert torch.equal(rows, torch.arange(len(rows)))
         attempts += [
             lambda: tc.apply_delta(served, late),

@@ -236,7 +236,7 @@ def test_what_cannot_be_sharded_says_so(tmp_path: Path):
 def test_tables_of_two_optimizers_share_no_pool(tmp_path: Path):
     (names,) = run_ranks(1, tmp_path, _two_optimizers)
     assert [name.split(".")[-2] for name in names] == [
-        "cafe_pool_0", "cafe_pool_1", "t_one", "t_two"
+        "cafe_pool_t_one", "cafe_pool_t_two", "t_one", "t_two"
     ]  # fmt: skip
 
 

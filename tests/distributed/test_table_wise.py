@@ -30,19 +30,6 @@ def test_table_wise_tables_learn_what_row_wise_ones_do(tmp_path: Path):
                 torch.testing.assert_close(joined[name], whole, msg=f"{kind}: {name}")
 
 
-@pytest.mark.parametrize("types", [("table_wise", "row_wise"), ("row_wise", "table_wise")])
-def test_checkpoints_do_not_depend_on_the_sharding(tmp_path: Path, types: tuple[str, str]):
-    folder = str(tmp_path / "checkpoint")
-    saved = run_ranks(2, tmp_path / "save", tasks.save_all, KINDS, folder, types[0])
-    loaded = run_ranks(3, tmp_path / "load", tasks.load_all, KINDS, folder, types[1])
-    for kind in KINDS:
-        before = tasks.joined([part[kind] for part in saved])
-        after = tasks.joined([part[kind] for part in loaded])
-        assert before.keys() == after.keys()
-        for name, tensor in before.items():
-            assert torch.equal(tensor, after[name]), (kind, name)
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 def test_table_wise_pooling_equals_the_unsharded_module(tmp_path: Path, weighted: bool):
     for sharded, unsharded in run_ranks(2, tmp_path, tasks.pooled, "table_wise", weighted):

@@ -118,7 +118,7 @@ def test_mixed_collection_trains_and_round_trips_through_dcp(
         assert result["statistics"][0]["promoted"] > 0
         assert result["statistics"][0]["non_finite"] == 0
     names = results[0]["before"].keys()
-    assert any("cafe_pool_0.sketch_buckets" in name for name in names)
+    assert any("cafe_pool_t_big.sketch_buckets" in name for name in names)
     # Bytes by the tensors are the bytes that the kinds have promised.
     promised = (
         models.CAFE.allocate(_shapes("t_big", "t_small")).memory.total_bytes
@@ -164,8 +164,8 @@ def _compare(
     """The same, and the sketch bit for bit; ids have become hot, and medium where they can."""
     kind, _ = case
     if any("sketch" in name for name in alone):
-        assert (alone["embedding_bags.cafe_pool_0.sketch_owners"] >= 0).any(), case
-        keys = alone["embedding_bags.cafe_pool_0.sketch_buckets"].view(torch.int32)[..., 12:]
+        assert (alone["embedding_bags.cafe_pool_t_big.sketch_owners"] >= 0).any(), case
+        keys = alone["embedding_bags.cafe_pool_t_big.sketch_buckets"].view(torch.int32)[..., 12:]
         assert (keys == MEDIUM).any() == (kind in ("multi_level", "factors")), case
     for name, whole in alone.items():
         joined = torch.cat([part[name] for part in parts if name in part])
@@ -220,26 +220,6 @@ def test_gradient_accumulation_and_autocast(tmp_path: Path):
         assert statistics["promoted"] > 0
         assert statistics["non_finite"] == 0
         assert 0 < statistics["hot_share"] <= 1
-
-
-def _save_all(folder: str) -> dict[str, dict[str, Tensor]]:
-    return {kind: tasks.save(f"{folder}/{kind}", kind) for kind in models.KINDS}
-
-
-def _load_all(folder: str) -> dict[str, dict[str, Tensor]]:
-    return {kind: tasks.load(f"{folder}/{kind}", kind) for kind in models.KINDS}
-
-
-def test_checkpoints_load_on_another_number_of_ranks(tmp_path: Path):
-    folder = str(tmp_path / "checkpoint")
-    saved = run_ranks(2, tmp_path / "save", _save_all, folder)
-    for world_size in (1, 3):
-        loaded = run_ranks(world_size, tmp_path / f"on_{world_size}", _load_all, folder)
-        for kind in models.KINDS:
-            for name in saved[0][kind]:
-                before = torch.cat([part[kind][name] for part in saved if name in part[kind]])
-                after = torch.cat([part[kind][name] for part in loaded if name in part[kind]])
-                assert torch.equal(before, after), (kind, name)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

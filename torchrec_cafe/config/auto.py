@@ -10,7 +10,7 @@ from typing import Any
 
 from torchrec_cafe.config.budget import TableKind
 from torchrec_cafe.config.cafe import Cafe
-from torchrec_cafe.config.hashing import Hash, QuotientRemainder
+from torchrec_cafe.config.kinds import KINDS
 from torchrec_cafe.config.lookahead import Lookahead
 from torchrec_cafe.config.mem_rec import MemRec
 from torchrec_cafe.config.memory import TableShape
@@ -18,8 +18,6 @@ from torchrec_cafe.config.statistics import IdStatistics
 
 #: What a kind or a template of one can be.
 Allowed = type[TableKind] | TableKind
-
-_COMPRESSED = (Cafe, MemRec, Hash, QuotientRemainder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +52,10 @@ class Auto:
         """
         for allowed in self.allow:
             kind = allowed if isinstance(allowed, type) else type(allowed)
-            if kind not in (*_COMPRESSED, Lookahead):
+            if kind not in KINDS.values():
                 raise TypeError(
-                    "Auto: `allow` must hold torchrec_cafe.Cafe, MemRec, Lookahead, Hash or "
-                    f"QuotientRemainder, or instances of them, got {allowed!r}"
+                    f"Auto: `allow` must hold kinds ({', '.join(KINDS)}) or instances of them, got "
+                    f"{allowed!r}"
                 )
         checks: dict[str, tuple[str, bool]] = {
             "max_compression": (">= 1", self.max_compression >= 1),

@@ -2,6 +2,7 @@
 
 from torchrec.distributed.planner.types import PlannerError
 
+from torchrec_cafe.distributed.checkpoint_manager import CheckpointManager
 from torchrec_cafe.distributed.constraints import ParameterConstraints
 from torchrec_cafe.distributed.conversion import convert
 from torchrec_cafe.distributed.delta import DeltaTracker
@@ -12,6 +13,7 @@ from torchrec_cafe.distributed.embedding_bag import (
 )
 from torchrec_cafe.distributed.gathered import gather_tables
 from torchrec_cafe.distributed.inference import to_inference
+from torchrec_cafe.distributed.load_checks import CheckedLoadPlanner
 from torchrec_cafe.distributed.option import BudgetError
 from torchrec_cafe.distributed.pipeline import LookaheadTrainPipeline
 from torchrec_cafe.distributed.plan_report import PlannedRow, PlanReport
@@ -29,6 +31,8 @@ from torchrec_cafe.distributed.types import (
 
 __all__ = [
     "BudgetError",
+    "CheckedLoadPlanner",
+    "CheckpointManager",
     "CompressedGroup",
     "CompressedParameterSharding",
     "CompressedTable",

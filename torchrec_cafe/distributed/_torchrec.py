@@ -7,7 +7,7 @@ Every name that TorchRec does not promise to keep is imported or read here and n
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -104,6 +104,7 @@ __all__ = [
     "reserved_topology",
     "receive_input",
     "set_row_boundaries",
+    "sharded_copy",
     "sharder_data_of",
     "sharded_tensor",
     "staggered",
@@ -149,6 +150,16 @@ def sharded_tensor(
         local_shards=[Shard(local, mine)],
         sharded_tensor_metadata=metadata,
         process_group=kernel._pg,
+    )
+
+
+def sharded_copy(original: ShardedTensor, copied: Callable[[Tensor], Tensor]) -> ShardedTensor:
+    """A sharded tensor of the same metadata around copies of the local shards."""
+    shards = [Shard(copied(shard.tensor), shard.metadata) for shard in original.local_shards()]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        local_shards=shards,
+        sharded_tensor_metadata=original.metadata(),
+        process_group=original._process_group,
     )
 
 

@@ -18,6 +18,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_cafe.config import Auto, Lookahead, TableKind
+from torchrec_cafe.config.text import human_bytes
 from torchrec_cafe.distributed._torchrec import TorchRecConstraints, ranks_of_a_host
 from torchrec_cafe.distributed.constraints import ParameterConstraints
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
@@ -31,7 +32,6 @@ from torchrec_cafe.distributed.grouping import (
 )
 from torchrec_cafe.distributed.option import BudgetError, TableOption, cheapest, options_that_fit
 from torchrec_cafe.distributed.option_costs import Candidate, OptionCosts
-from torchrec_cafe.distributed.plan_report import human_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from torchrec_cafe.distributed.lookahead import (
     LookaheadGroupedPooledEmbeddingsLookup,
 )
 from torchrec_cafe.distributed.row_wise import CompressedRwPooledEmbeddingSharding
-from torchrec_cafe.distributed.sharded_state import load_state, sharded_state
+from torchrec_cafe.distributed.sharded_state import add_state, take_state
 from torchrec_cafe.distributed.table_row_wise import CompressedTwRwPooledEmbeddingSharding
 from torchrec_cafe.distributed.table_wise import CompressedTwPooledEmbeddingSharding
 from torchrec_cafe.distributed.types import (
@@ -193,6 +193,9 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         module: the physical collection.
         env: process groups.
         options: further arguments of TorchRec's class.
+
+    Attributes:
+        groups: of the compressed and look-ahead tables, on whichever rank.
     """
 
     def __init__(
@@ -200,7 +203,6 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
     ) -> None:
         """Shard; see the class."""
         super().__init__(module, module.plan, env, **options)
-        self.groups = module.groups
         # Ids are those of the uncompressed tables.
         present_tables(self, module.logical_configs)
         pool_means_once(self)
@@ -208,8 +210,9 @@ class ShardedCompressedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             if isinstance(kernel, DenseMemRecEmbeddingBag):
                 pool = self.embedding_bags[kernel.group.name]
                 pool.register_parameter("weight_table", kernel.bags.weights)
-        self._register_state_dict_hook(_add_state)
-        self._register_load_state_dict_pre_hook(_take_state, with_module=True)
+        self.groups = tuple(dict.fromkeys(module.groups.values()))
+        self._register_state_dict_hook(add_state)
+        self._register_load_state_dict_pre_hook(take_state, with_module=True)
 
     @classmethod
     def create_grouped_sharding_infos(
@@ -304,31 +307,6 @@ def _check_optimizers(infos: dict[str, list[EmbeddingShardingInfo]]) -> None:
                 f"the same optimizer and fused parameters, got {expected} and {info.fused_params}; "
                 "give them kinds that differ (say, in compression) to keep them apart"
             )
-
-
-def _add_state(
-    module: ShardedCompressedEmbeddingBagCollection,
-    destination: dict[str, Any],
-    prefix: str,
-    _metadata: dict[str, Any],
-) -> None:
-    for kernel in module.compressed_kernels():
-        destination.update(sharded_state(kernel, f"{prefix}embedding_bags."))
-
-
-def _take_state(
-    module: ShardedCompressedEmbeddingBagCollection,
-    state_dict: dict[str, Any],
-    prefix: str,
-    _metadata: dict[str, Any],
-    strict: bool,  # noqa: FBT001
-    missing_keys: list[str],
-    *_args: Any,
-) -> None:
-    for kernel in module.compressed_kernels():
-        missing = load_state(kernel, state_dict, f"{prefix}embedding_bags.")
-        if strict:
-            missing_keys += missing
 
 
 class EmbeddingBagCollectionSharder(TorchRecSharder):

@@ -145,8 +145,7 @@ def collections_with_kinds(
 
 def compressed_groups(module: ShardedCompressedEmbeddingBagCollection) -> list[CompressedGroup]:
     """The groups of a collection whose tables are compressed, the same on every rank."""
-    groups = {group.name: group for group in module.groups.values()}
-    return [group for group in groups.values() if not isinstance(group.kind, Lookahead)]
+    return [group for group in module.groups if not isinstance(group.kind, Lookahead)]
 
 
 def gather_group(

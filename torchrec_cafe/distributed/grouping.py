@@ -139,9 +139,10 @@ def _group_collection(
         )
         members.setdefault(key, []).append(config)
     result: dict[str, CompressedGroup] = {}
-    for number, ((kind, sharding_type, *_), configs) in enumerate(members.items()):
+    for (kind, sharding_type, *_), configs in members.items():
         group = CompressedGroup.from_allocation(
-            f"{type(kind).__name__.lower()}_pool_{number}",
+            # Checkpoints know the pool by this name, whatever else is in the model.
+            f"{type(kind).__name__.lower()}_pool_{configs[0].name}",
             kind,
             sharding_type,
             {config.name: config.num_embeddings for config in configs},

@@ -163,8 +163,9 @@ def serve(
     groups, compressed = [], set()
     if isinstance(module, ShardedCompressedEmbeddingBagCollection):
         for group in compressed_groups(module):
-            members = [config for config in configs if module.groups.get(config.name) == group]
-            compressed |= {config.name for config in members}
+            tables = {table.name for table in group.tables}
+            compressed |= tables
+            members = [config for config in configs if config.name in tables]
             bags = _serve_group(module, group, members, data_type, rank)
             groups.append((bags, [name for c in members for name in names[c.name]]))
     others = []

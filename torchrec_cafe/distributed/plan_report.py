@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchrec_cafe.config.text import human_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRow:
@@ -139,12 +141,3 @@ def _ranges(ranks: Sequence[int]) -> str:
         else:
             parts.append([rank, rank])
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def human_bytes(count: float) -> str:
-    """A number of bytes for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

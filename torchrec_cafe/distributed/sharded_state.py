@@ -1,4 +1,4 @@
-"""What a group keeps besides rows, in checkpoints: sharded tensors by virtual shard."""
+"""What checkpoints hold besides rows: sharded tensors by virtual shard, and layouts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torchrec_cafe.distributed._torchrec import (
     sharded_tensor,
 )
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
+from torchrec_cafe.distributed.layout import layout_tensors, take_layouts
 
 
 def _shard_metadata(kernel: CompressedEmbeddingBag, tensor: Tensor) -> list[ShardMetadata]:
@@ -33,7 +34,7 @@ def _shard_metadata(kernel: CompressedEmbeddingBag, tensor: Tensor) -> list[Shar
     ]
 
 
-def sharded_state(kernel: CompressedEmbeddingBag, prefix: str) -> dict[str, ShardedTensor]:
+def _sharded_state(kernel: CompressedEmbeddingBag, prefix: str) -> dict[str, ShardedTensor]:
     """The kernel's state as sharded tensors that share its memory.
 
     Args:
@@ -63,7 +64,7 @@ def sharded_state(kernel: CompressedEmbeddingBag, prefix: str) -> dict[str, Shar
     return result
 
 
-def load_state(
+def _load_state(
     kernel: CompressedEmbeddingBag, state_dict: dict[str, Any], prefix: str
 ) -> list[str]:
     """Copy a checkpoint's state into the kernel and take it out of ``state_dict``.
@@ -102,3 +103,49 @@ def load_state(
         tensor.copy_(value)
     state.reload()
     return missing
+
+
+def add_state(
+    module: Any, destination: dict[str, Any], prefix: str, _metadata: dict[str, Any]
+) -> None:
+    """Hook of a sharded collection's ``state_dict``: adds what TorchRec does not know of.
+
+    Args:
+        module: the sharded collection.
+        destination: mutated: gets the layouts of tables, and the state of groups.
+        prefix: of the collection's keys.
+    """
+    prefix += "embedding_bags."
+    for name, tensor in layout_tensors(module.groups).items():
+        destination[prefix + name] = tensor
+    for kernel in module.compressed_kernels():
+        destination.update(_sharded_state(kernel, prefix))
+
+
+def take_state(
+    module: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _metadata: dict[str, Any],
+    strict: bool,  # noqa: FBT001  torch's signature
+    missing_keys: list[str],
+    *_args: Any,
+) -> None:
+    """Hook of a sharded collection's ``load_state_dict``: takes back what :func:`add_state` adds.
+
+    Args:
+        module: the sharded collection, mutated.
+        state_dict: mutated: what was added is removed.
+        prefix: of the collection's keys.
+        strict: whether keys that are missing are an error.
+        missing_keys: mutated: gets them.
+
+    Raises:
+        ValueError: if a table was kept in another way; nothing is copied then.
+    """
+    prefix += "embedding_bags."
+    missing = take_layouts(module.groups, state_dict, prefix)
+    for kernel in module.compressed_kernels():
+        missing += _load_state(kernel, state_dict, prefix)
+    if strict:
+        missing_keys += missing

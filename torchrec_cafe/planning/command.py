@@ -27,7 +27,6 @@ tables.yaml is a list of tables:
     table: {kind: Cafe, compression: 100}
 """
 _OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "partial_rowwise_adam")
-_KINDS = ("Cafe", "MemRec", "Lookahead", "Hash", "QuotientRemainder")
 _UNITS = {"": 1} | {
     f"{prefix}{unit}": base**power
     for power, prefix in enumerate(("", "k", "m", "g", "t"))
@@ -182,9 +181,9 @@ def _auto(args: argparse.Namespace) -> Auto:
 
     allow: list[Any] = []
     for name in filter(None, args.allow.split(",")):
-        if name not in _KINDS:
-            raise ValueError(f"--allow must be of {', '.join(_KINDS)}, got {name!r}")
-        kind = getattr(config, name)
+        if name not in config.KINDS:
+            raise ValueError(f"--allow must be of {', '.join(config.KINDS)}, got {name!r}")
+        kind: Any = config.KINDS[name]
         allow.append(kind(path=args.path) if kind is config.Lookahead and args.path else kind)
     return config.Auto(
         allow=tuple(allow),

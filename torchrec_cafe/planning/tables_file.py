@@ -12,21 +12,11 @@ import torch
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from torchrec_cafe.config import (
-    Cafe,
-    Hash,
-    Lookahead,
-    MemRec,
-    QuotientRemainder,
-    TableKind,
-)
+from torchrec_cafe.config import KINDS, TableKind
 from torchrec_cafe.distributed import ParameterConstraints
 from torchrec_cafe.distributed.capacity import COMPUTE_KERNELS, SHARDING_TYPES
 from torchrec_cafe.planning.entries import read_entries
 
-_KINDS: Mapping[str, type[TableKind]] = {
-    kind.__name__: kind for kind in (Cafe, Hash, Lookahead, MemRec, QuotientRemainder)
-}
 _POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 
 
@@ -105,10 +95,10 @@ def _kind(entry: Mapping[str, Any], where: str) -> TableKind | None:
         return None
     arguments = dict(given)
     name = arguments.pop("kind", None)
-    kind = _KINDS.get(name) if isinstance(name, str) else None
+    kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ValueError(
-            f"{where} ({entry['name']!r}): table.kind must be one of {sorted(_KINDS)}, got {name!r}"
+            f"{where} ({entry['name']!r}): table.kind must be one of {sorted(KINDS)}, got {name!r}"
         )
     fields = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     if unknown := sorted(arguments.keys() - fields):

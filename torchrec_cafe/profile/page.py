@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from html import escape
 
+from torchrec_cafe.config.text import human_bytes
 from torchrec_cafe.profile.plots import table_plot
 from torchrec_cafe.profile.report import (
     Report,
     TableReport,
-    bytes_text,
     compression_line,
     compression_text,
     count,
@@ -75,7 +75,7 @@ def as_page(report: Report) -> str:
         "samples": count(report.num_samples),
         "lookups": count(lookups),
         "distinct ids": count(sum(table.statistics.num_distinct for table in tables)),
-        "uncompressed": bytes_text(report.dense_bytes),
+        "uncompressed": human_bytes(report.dense_bytes),
     }
     tiles_html = "".join(
         f'<div class="tile"><b>{value}</b><span>{name}</span></div>'
@@ -149,7 +149,7 @@ def _shaded(share: float | None, color: str) -> str:
 def _card(table: TableReport, report: Report) -> str:
     statistics, shape = table.statistics, table.shape
     facts = [
-        f"{shape.num_embeddings:,} rows × {shape.embedding_dim}, {bytes_text(shape.dense_bytes)}",
+        f"{shape.num_embeddings:,} rows × {shape.embedding_dim}, {human_bytes(shape.dense_bytes)}",
         f"{count(statistics.num_distinct)} distinct of {count(statistics.num_lookups)} lookups",
         f"Zipf {fixed(statistics.zipf_exponent)}",
     ]
@@ -159,7 +159,7 @@ def _card(table: TableReport, report: Report) -> str:
             f"{statistics.drift_ids:,} hottest"
         )
     caches = " · ".join(
-        f"{escape(cache.label)}: {count(cache.rows)} rows, {bytes_text(cache.num_bytes)}"
+        f"{escape(cache.label)}: {count(cache.rows)} rows, {human_bytes(cache.num_bytes)}"
         for cache in table.caches
     )
     whole = [

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torchrec_cafe.config import IdStatistics, TableShape
+from torchrec_cafe.config.text import as_text, human_bytes, three_digits
 from torchrec_cafe.profile.costs import CacheCost, CompressionCost, Owning, column_of
 
 _UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
-_BYTE_UNITS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +88,8 @@ def count(value: float) -> str:
     """A number of things in three digits: 12.3M."""
     for unit, size in _UNITS:
         if value >= 0.9995 * size:
-            scaled = value / size
-            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
+            return f"{three_digits(value / size)}{unit}"
     return f"{value:.0f}"
-
-
-def bytes_text(value: float) -> str:
-    """Bytes in three digits: 12.3 MiB."""
-    for unit, size in _BYTE_UNITS:
-        if value >= 0.9995 * size:
-            scaled = value / size
-            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f} {unit}"
-    return f"{value:.0f} B"
 
 
 def percent(share: float | None) -> str:
@@ -115,21 +105,6 @@ def fixed(value: float) -> str:
 def compression_text(compression: float) -> str:
     """``100x`` with the right sign."""
     return f"{compression:,.15g}×".replace(",", "\u202f")
-
-
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns for a terminal; the first to the left.
-
-    Args:
-        rows: of equal length, the header first.
-    """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def printed(report: Report) -> str:
@@ -152,7 +127,7 @@ def printed(report: Report) -> str:
         row += [f"{percent(cache.lru)}/{percent(cache.lookahead)}" for cache in table.caches]
         rows.append(row)
     lines = [as_text(rows), ""]
-    lines.append(f"all tables uncompressed: {bytes_text(report.dense_bytes)}")
+    lines.append(f"all tables uncompressed: {human_bytes(report.dense_bytes)}")
     lines += [f"  {line}" for line in map(compression_line, report.costs)]
     return "\n".join(lines)
 
@@ -167,4 +142,4 @@ def compression_line(cost: CompressionCost) -> str:
     if cost.refused:
         return f"{name}: refused: {cost.refused}"
     whole = sum(owning.is_whole for owning in cost.owning.values())
-    return f"{name}: {bytes_text(cost.resident_bytes)}, {whole} of {len(cost.owning)} tables whole"
+    return f"{name}: {human_bytes(cost.resident_bytes)}, {whole} of {len(cost.owning)} tables whole"

@@ -168,14 +168,24 @@ class BatchLoader:
             ``dense_features`` float32 ``[B, D]``; ``sparse_features`` with int64 values ``[F * B]``
             ordered by feature, then sample, and int32 lengths, all one; ``labels`` float32 ``[B]``.
         """
-        global_size = self._batch_size * self._world_size
-        for first in range(0, len(self) * global_size, global_size):
-            size = min(global_size, len(self._split) - first)
-            begin = first + size * self._rank // self._world_size
-            end = first + size * (self._rank + 1) // self._world_size
-            yield self._batch(begin, end)
+        return (self[number] for number in range(len(self)))
 
-    def _batch(self, begin: int, end: int) -> Batch:
+    def __getitem__(self, number: int) -> Batch:
+        """A batch of a pass, as iterating yields it.
+
+        Args:
+            number: in ``[0, len)``.
+
+        Raises:
+            IndexError: if there is no such batch.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"BatchLoader has batches 0 to {len(self) - 1}, got {number}")
+        global_size = self._batch_size * self._world_size
+        first = number * global_size
+        size = min(global_size, len(self._split) - first)
+        begin = first + size * self._rank // self._world_size
+        end = first + size * (self._rank + 1) // self._world_size
         # Always copied: torch must not share the memory of a read-only map.
         split, size = self._split, end - begin
         values = np.array(split.ids[begin:end].T, dtype=np.int64, order="C").reshape(-1)

@@ -1,0 +1,17 @@
+"""Ranks that are killed lose nothing; ``python -m tests.faults.kill`` does it fifty times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.faults import kill
+
+
+def test_a_killed_training_ends_as_one_left_alone(tmp_path: Path):
+    killed = kill.run(tmp_path / "killed", steps=80, save_every=10, kills=2, seed=1)
+    assert len(killed.recoveries) == 2
+    assert killed.restarts == 2
+    assert max(killed.recoveries) < kill.PATIENCE
+    alone = kill.run(tmp_path / "alone", steps=80, save_every=10, kills=0, seed=1)
+    assert alone.restarts == 0
+    assert killed.checksum == alone.checksum
