@@ -13,17 +13,18 @@ LAYERS = {
     "config": {"config"},
     "ops": {"ops"},
     "tables": {"config", "ops", "tables"},
-    "distributed": {"config", "ops", "tables", "distributed"},
+    "serving": {"config", "ops", "tables", "serving"},
+    "distributed": {"config", "ops", "tables", "serving", "distributed"},
     "planning": {"config", "distributed", "planning"},
     "profile": {"config", "ops", "planning", "profile"},
     "cli": {"planning", "profile"},
 }
 #: third-party packages that only the given layers may import
 OWNERS = {
-    "torchrec": {"distributed", "planning"},
+    "torchrec": {"serving", "distributed", "planning"},
     "torchrec.distributed": {"distributed"},
     "fbgemm_gpu": {"tables", "distributed"},
-    "torch": {"_library", "ops", "tables", "distributed", "planning", "profile"},
+    "torch": {"_library", "ops", "tables", "serving", "distributed", "planning", "profile"},
     "matplotlib": {"profile"},
     "pyarrow": {"profile"},
     "yaml": {"planning", "profile"},

@@ -30,26 +30,37 @@ from torchrec_cafe.config import (  # noqa: E402
 from torchrec_cafe.distributed import (  # noqa: E402
     CheckedLoadPlanner,
     CheckpointManager,
+    DeltaTracker,
+    DenseSavePlanner,
     EmbeddingBagCollectionSharder,
     EmbeddingShardingPlanner,
     LookaheadTrainPipeline,
     ParameterConstraints,
     PlanReport,
+    convert,
+    dense_state_dict,
+    gather_tables,
     lookahead_statistics,
     pool_statistics,
     resident_bytes,
+    to_inference,
 )
+from torchrec_cafe.serving import apply_delta  # noqa: E402
+from torchrec_cafe.tables import IdCounts  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Auto",
     "Cafe",
+    "DeltaTracker",
+    "DenseSavePlanner",
     "CheckedLoadPlanner",
     "CheckpointManager",
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
     "Hash",
+    "IdCounts",
     "IdStatistics",
     "Lookahead",
     "LookaheadTrainPipeline",
@@ -58,9 +69,14 @@ __all__ = [
     "ParameterConstraints",
     "PlanReport",
     "QuotientRemainder",
+    "apply_delta",
+    "convert",
+    "dense_state_dict",
+    "gather_tables",
     "load_statistics",
     "lookahead_statistics",
     "pool_statistics",
     "resident_bytes",
     "save_statistics",
+    "to_inference",
 ]

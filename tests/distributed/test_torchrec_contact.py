@@ -1,7 +1,11 @@
 """Every upstream name that is not promised to us still exists and means what we think."""
 
 import inspect
+import warnings
 
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
@@ -18,6 +22,7 @@ from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.runtime_forwards import PrefetchPipelinedForward
 
 from torchrec_cafe.distributed import _torchrec
+from torchrec_cafe.distributed.dense_source import DenseSource, RowRangeReader
 from torchrec_cafe.tables import RowRangeTBE
 
 
@@ -33,6 +38,10 @@ def test_every_name_is_exported():
 def test_attributes_that_we_read_or_set():
     assert "self._lookups" in source(ShardedEmbeddingBagCollection)
     assert "self._embedding_bag_configs" in source(ShardedEmbeddingBagCollection.input_dist)
+    assert "self._env: ShardingEnv = env" in source(ShardedEmbeddingBagCollection) or (
+        "self._env = env" in source(ShardedEmbeddingBagCollection)
+    )
+    assert "self._is_weighted" in source(ShardedEmbeddingBagCollection)
     assert "self._pooling_type_to_rs_features" in source(ShardedEmbeddingBagCollection.input_dist)
     assert "self._grouped_embedding_configs" in source(TwPooledEmbeddingSharding.create_lookup)
     assert "self._emb_modules" in source(GroupedPooledEmbeddingsLookup.__init__)
@@ -77,3 +86,26 @@ def test_fused_params_reach_the_kernel():
         "prefix",
         "fused_params",
     ]
+
+
+def test_dcp_reads_what_rows_are_read_from(tmp_path):
+    """A reader of ranges finds the values of a saved tensor without DCP."""
+    folder = str(tmp_path / "checkpoint")
+    table = torch.arange(40.0).view(10, 4)
+    turned = torch.arange(12.0).view(3, 4).t()  # its values do not lie row by row
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no process group
+        dcp.save({"table": table, "turned": turned, "row": table[:, 1]}, checkpoint_id=folder)
+    reader = RowRangeReader(folder)
+    source = DenseSource(reader)
+    assert torch.equal(source.rows("table", 3, 7), table[3:7])
+    assert torch.equal(source.rows("row", 2, 9), table[2:9, 1])
+    assert torch.equal(source.rows("turned", 1, 3), turned[1:3])
+    found = {index.fqn: saved is not None for index, saved in reader._saved.items()}
+    assert found == {"table": True, "row": True, "turned": False}
+    (saved,) = (saved for index, saved in reader._saved.items() if index.fqn == "table")
+    assert saved is not None
+    for file in (tmp_path / "checkpoint").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[: saved.start + 8])
+    with pytest.raises(ValueError, match="must hold 'table' in full, but ends before"):
+        source.rows("table", 0, 10)

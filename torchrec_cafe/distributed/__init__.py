@@ -4,10 +4,15 @@ from torchrec.distributed.planner.types import PlannerError
 
 from torchrec_cafe.distributed.checkpoint_manager import CheckpointManager
 from torchrec_cafe.distributed.constraints import ParameterConstraints
+from torchrec_cafe.distributed.conversion import convert
+from torchrec_cafe.distributed.delta import DeltaTracker
+from torchrec_cafe.distributed.dense_export import DenseSavePlanner, dense_state_dict
 from torchrec_cafe.distributed.embedding_bag import (
     EmbeddingBagCollectionSharder,
     ShardedCompressedEmbeddingBagCollection,
 )
+from torchrec_cafe.distributed.gathered import gather_tables
+from torchrec_cafe.distributed.inference import to_inference
 from torchrec_cafe.distributed.load_checks import CheckedLoadPlanner
 from torchrec_cafe.distributed.option import BudgetError
 from torchrec_cafe.distributed.pipeline import LookaheadTrainPipeline
@@ -31,6 +36,8 @@ __all__ = [
     "CompressedGroup",
     "CompressedParameterSharding",
     "CompressedTable",
+    "DeltaTracker",
+    "DenseSavePlanner",
     "EmbeddingBagCollectionSharder",
     "EmbeddingShardingPlanner",
     "LookaheadTrainPipeline",
@@ -39,7 +46,11 @@ __all__ = [
     "PlannedRow",
     "PlannerError",
     "ShardedCompressedEmbeddingBagCollection",
+    "convert",
+    "dense_state_dict",
+    "gather_tables",
     "lookahead_statistics",
     "pool_statistics",
     "resident_bytes",
+    "to_inference",
 ]

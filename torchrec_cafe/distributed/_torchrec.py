@@ -100,6 +100,7 @@ __all__ = [
     "partition_by",
     "pool_means_once",
     "present_tables",
+    "process_group_of",
     "ranks_of_a_host",
     "reserved_topology",
     "receive_input",
@@ -108,6 +109,8 @@ __all__ = [
     "sharder_data_of",
     "sharded_tensor",
     "staggered",
+    "tables_of",
+    "takes_weights",
     "with_constraints",
 ]
 
@@ -197,6 +200,21 @@ def sharder_data_of(sharder: Any) -> Any:
 def ranks_of_a_host(topology: Topology) -> int:
     """Ranks that table-row-wise tables are spread over; a domain of NVLink, since TorchRec 1.8."""
     return getattr(topology, "intra_group_size", topology.local_world_size)
+
+
+def process_group_of(module: ShardedEmbeddingBagCollection) -> Any:
+    """The ranks that a sharded module is spread over."""
+    return module._env.process_group
+
+
+def tables_of(module: ShardedEmbeddingBagCollection) -> list[EmbeddingBagConfig]:
+    """The tables that a sharded module validates its input against."""
+    return module._embedding_bag_configs
+
+
+def takes_weights(module: ShardedEmbeddingBagCollection) -> bool:
+    """Whether the features of a sharded module have per-sample weights."""
+    return module._is_weighted
 
 
 def present_tables(

@@ -109,14 +109,14 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
                 dataclasses.replace(
                     table, shared_rows=self.group.num_shards, first_row=layout.first_shard
                 )
-                for table in self._table_layouts()
+                for table in self.table_layouts()
             ]
             lookup = MemRecSamples if self.group.kind.per == "sample" else MemRecRows
             return lookup(tables, layout, self._emb_module, fused_params)
         if isinstance(self.group.kind, QuotientRemainder):
-            return QuotientRemainderRows(self._table_layouts(), device)
+            return QuotientRemainderRows(self.table_layouts(), device)
         pool = self._pool_layout()
-        return SharedRows(self._table_layouts(), pool, device, self._factors(pool, fused_params))
+        return SharedRows(self.table_layouts(), pool, device, self._factors(pool, fused_params))
 
     def _factors(self, pool: PoolLayout | None, fused_params: dict[str, Any]) -> IdFactors | None:
         if pool is None or self.group.weights_per_shard == 0:
@@ -131,7 +131,8 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
         )
         return IdFactors(weights, num_hashes, self._emb_module)
 
-    def _table_layouts(self) -> list[TableLayout]:
+    def table_layouts(self) -> list[TableLayout]:
+        """Where this rank's parts of the tables lie, in the order of their row ranges."""
         layouts = []
         for table in self._config.embedding_tables:
             if table.num_features() == 0:

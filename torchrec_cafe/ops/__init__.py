@@ -59,6 +59,7 @@ from torchrec_cafe.ops.slot_map import (
     retract_rows,
     slots_of_occurrences,
 )
+from torchrec_cafe.ops.unmix import unmix_ids
 
 __all__ = [
     "Announced",
@@ -113,4 +114,5 @@ __all__ = [
     "rebalance",
     "remap",
     "row_dots",
+    "unmix_ids",
 ]

@@ -4,6 +4,7 @@ from torchrec_cafe.tables._fbgemm import RowRangeTBE, SlotTBE
 from torchrec_cafe.tables.compressed import CompressedBags
 from torchrec_cafe.tables.host_mapped import on_device
 from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
+from torchrec_cafe.tables.id_counts import IdCounts
 from torchrec_cafe.tables.lookahead import LookaheadBags, StoredTable
 from torchrec_cafe.tables.mem_rec import MemRecLayout, MemRecRows, MemRecSamples, sample_vectors
 from torchrec_cafe.tables.mem_rec_dense import DenseMemRecBags
@@ -23,6 +24,7 @@ __all__ = [
     "DenseMemRecBags",
     "FileStore",
     "HotRowPool",
+    "IdCounts",
     "IdFactors",
     "LookaheadBags",
     "LookaheadStatistics",

@@ -12,6 +12,7 @@ from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool
 from torchrec_cafe.tables.rows import RowLookup, SharedRows
 from torchrec_cafe.tables.state import ShardedState
+from torchrec_cafe.tables.touched import TouchedRows
 
 
 class CompressedBags(nn.Module):
@@ -20,6 +21,9 @@ class CompressedBags(nn.Module):
     Args:
         rows: finds the rows of an id.
         tbe: holds the rows.
+
+    Attributes:
+        touched: notes the rows that are trained; ``None``: nobody wants to know.
     """
 
     def __init__(self, rows: RowLookup, tbe: RowRangeTBE) -> None:
@@ -27,6 +31,7 @@ class CompressedBags(nn.Module):
         super().__init__()
         self.rows = rows
         self.tbe = tbe
+        self.touched: TouchedRows | None = None
 
     @property
     def pool(self) -> HotRowPool | None:
@@ -54,6 +59,8 @@ class CompressedBags(nn.Module):
         if not torch.is_grad_enabled():
             return self.rows.infer(ids, offsets, weights, self.tbe)
         rows, starts, factors, learn, scales = self.rows(ids, offsets, weights)
+        if self.touched is not None:
+            self.touched.mark(rows)
         pooled = self.tbe.pool(rows, starts, factors)
         if learn is not None and pooled.requires_grad:
             pooled.register_hook(torch.no_grad()(learn))
@@ -62,4 +69,4 @@ class CompressedBags(nn.Module):
     def settle(self) -> None:
         """Apply what the last step has taught; see :meth:`HotRowPool.settle`."""
         if self.pool is not None and self.pool.unsettled:  # the rows are asked for only then
-            self.pool.settle(self.tbe.physical_tensors())
+            self.pool.settle(self.tbe.physical_tensors(), self.touched)

@@ -25,6 +25,7 @@ from torchrec_cafe.ops import (
     rebalance,
 )
 from torchrec_cafe.tables.state import ShardedState
+from torchrec_cafe.tables.touched import TouchedRows
 
 # Weight that the running mean of a table's importance keeps from step to step: it follows the
 # training within some hundred steps and averages over enough occurrences even in a rare table.
@@ -144,6 +145,20 @@ class HotRowPool(nn.Module, ShardedState):
             )
         return self._hot_rows
 
+    def clear(self) -> None:
+        """Forget everything: no id owns a row, and none is tracked. The rows are left alone."""
+        empty = SketchState.empty(
+            shards=self.layout.shards_held,
+            buckets=self.layout.buckets_per_shard,
+            hot_rows=self.layout.rows.hot_rows_per_shard,
+            device=self.tables.device,
+        )
+        for name, tensor in empty.tensors().items():
+            self.sketch.tensors()[name].copy_(tensor)
+        self._norms.zero_()
+        self._hot_share.zero_()
+        self.reload()
+
     def reload(self) -> None:
         """Take over what a checkpoint has written into the sketch's tensors."""
         steps = self.sketch.steps
@@ -186,11 +201,12 @@ class HotRowPool(nn.Module, ShardedState):
         self._step += 1
         self.unsettled = True
 
-    def settle(self, rows: list[Tensor]) -> None:
+    def settle(self, rows: list[Tensor], touched: TouchedRows | None = None) -> None:
         """Re-assign the hot rows of the shards whose turn it is, once per step learned.
 
         Args:
             rows: physical table and optimizer states, first axis physical rows; mutated.
+            touched: notes the rows that change hands; ``None``: nobody wants to know.
         """
         if not self.unsettled:
             return
@@ -207,6 +223,8 @@ class HotRowPool(nn.Module, ShardedState):
             num_medium=layout.num_medium,
         )
         moves = Moves(selected, actions, new_keys)
+        if touched is not None:
+            touched.mark_moved(moves, layout.rows)
         with torch.no_grad():
             for number, tensor in enumerate(rows):
                 # Two rows were looked up as a sum; of their optimizer states the mean is taken.

@@ -178,6 +178,10 @@ class SharedRows(RowLookup):
         pool: where the hot rows lie, or ``None``; they are the last row range.
         device: device of the ids.
         factors: scales the rows of each id that the pool tracks; ``None``: nothing does.
+
+    Attributes:
+        pool: decides which ids own a row; ``None`` without hot rows.
+        factors: as given.
     """
 
     def __init__(
@@ -189,7 +193,7 @@ class SharedRows(RowLookup):
     ) -> None:
         """Lay out the tables; see the class."""
         super().__init__(tables, device)
-        self._factors = factors
+        self.factors = factors
         self._no_hot_rows = HotRows.none(device)
         self.pool: HotRowPool | None = None
         if pool is not None:
@@ -205,24 +209,24 @@ class SharedRows(RowLookup):
     @property
     def state(self) -> ShardedState | None:
         """The pool's, and the weights'."""
-        if self.pool is None or self._factors is None:
+        if self.pool is None or self.factors is None:
             return self.pool
-        return JointState([self.pool, self._factors.weights])
+        return JointState([self.pool, self.factors.weights])
 
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
         """Find the rows; see the base class."""
         hot = self._no_hot_rows if self.pool is None else self.pool.hot_rows()
-        scaled = weights is not None or self._factors is not None
+        scaled = weights is not None or self.factors is not None
         batch = remap(ids, offsets, self._tables, hot, with_source=scaled)
         found = Lookups(batch.rows, batch.offsets, batch.source)
         if hot.rows.second_rows_per_shard > 0:
             found = add_second_rows(batch, hot.rows)
         scales = weights
-        if self._factors is not None:
-            own = self._factors.of(batch)
+        if self.factors is not None:
+            own = self.factors.of(batch)
             scales = own if weights is None else own * weights
         of_rows = None if scales is None else scales.index_select(0, found.source)
-        if self._factors is None and (self.pool is None or not self.training):
+        if self.factors is None and (self.pool is None or not self.training):
             return BagRows(found.rows, found.offsets, of_rows)
         looked = _Looked(batch, found, None if weights is None else weights.detach())
         return BagRows(
@@ -232,8 +236,8 @@ class SharedRows(RowLookup):
     def _learn(self, grad: Tensor, offsets: Tensor, looked: _Looked) -> None:
         if self.pool is not None and self.training:
             self.pool.learn(grad, offsets, looked.batch, looked.given)
-        if self._factors is not None:
-            self._factors.learn(grad, looked.found, looked.batch, looked.given)
+        if self.factors is not None:
+            self.factors.learn(grad, looked.found, looked.batch, looked.given)
 
 
 class _Looked(NamedTuple):

@@ -15,6 +15,7 @@ from torchrec_cafe.ops import Lookups, Remapped, key_factors, key_factors_backwa
 from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.state import ShardedState
+from torchrec_cafe.tables.touched import TouchedRows
 
 # Of the TBE of the weights: it has its own precision, and its output is not used.
 _OTHER_PARAMS = frozenset({"output_dtype"})
@@ -32,6 +33,9 @@ class WeightTable(ShardedState):
         start: what every weight starts at.
         device: where they live.
         fused_params: the optimizer's arguments, as of the TBE of the rows.
+
+    Attributes:
+        touched: notes the rows of four weights that are trained; ``None``: nobody wants to know.
     """
 
     def __init__(
@@ -55,8 +59,9 @@ class WeightTable(ShardedState):
             device=device,
             fused_params={k: v for k, v in fused_params.items() if k not in _OTHER_PARAMS},
         )
-        with torch.no_grad():
-            self.table.fill_(start)
+        self.touched: TouchedRows | None = None
+        self._start = start
+        self.reset()
 
     @property
     def first_shard(self) -> int:
@@ -88,6 +93,13 @@ class WeightTable(ShardedState):
         }
         return {"weight_table": self.table} | states
 
+    def reset(self) -> None:
+        """Put the weights back to their start, and their optimizer state to 0."""
+        with torch.no_grad():
+            for tensor in self.state_tensors().values():
+                tensor.zero_()
+            self.table.fill_(self._start)
+
     def reload(self) -> None:
         """Nothing else depends on the tensors."""
 
@@ -101,6 +113,8 @@ class WeightTable(ShardedState):
         """
         if self.tbe.get_learning_rate() != learning_rate:
             self.tbe.set_learning_rate(learning_rate)
+        if self.touched is not None:
+            self.touched.mark(rows)
         with torch.enable_grad():
             starts = torch.arange(len(rows) + 1, device=rows.device)
             looked_up = self.tbe(indices=rows, offsets=starts)
