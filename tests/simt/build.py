@@ -48,6 +48,10 @@ def sanitizer_environment() -> dict[str, str]:
     return os.environ | sanitizer | {"CAFE_SIMT": "memory"}
 
 
+class CompileError(Exception):
+    """The compiler refused; says why."""
+
+
 @dataclass(frozen=True)
 class Library:
     """What to build.
@@ -105,6 +109,6 @@ def _make(command: list[str | Path], suffix: str, read: list[Path]) -> Path:
             [*command, "-o", unfinished], capture_output=True, text=True, check=False
         )
         if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
+            raise CompileError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
         unfinished.replace(made)
     return made
