@@ -30,8 +30,9 @@ __global__ void count_bits_kernel(Batch batch, BloomEncoder encoder,
   }
 }
 
+// Bags that overlap may have more rows than there is room for.
 __global__ void write_bits_kernel(Batch batch, BloomEncoder encoder,
-                                  const int64_t* __restrict__ out_offsets,
+                                  const int64_t* __restrict__ out_offsets, int64_t room,
                                   int64_t* __restrict__ rows, int32_t* __restrict__ source) {
   for (int64_t bag = first_index(); bag < batch.num_bags(); bag += index_stride()) {
     const int64_t from = feature_major(batch, bag);
@@ -40,7 +41,7 @@ __global__ void write_bits_kernel(Batch batch, BloomEncoder encoder,
     int64_t next = out_offsets[bag];
     for (int64_t i = batch.begin(from); i < batch.end(from); ++i) {
       const int size = encoder.encode(table, batch.ids[i], bits);
-      for (int j = 0; j < size; ++j) {
+      for (int j = 0; j < size && next < room; ++j) {
         rows[next] = bits[j];
         source[next++] = static_cast<int32_t>(i);
       }
@@ -59,9 +60,8 @@ std::tuple<Tensor, Tensor, Tensor> bloom_rows_cuda(const Tensor& ids, const Tens
   const BloomEncoder encoder(first_shard, shards_held, rows_per_shard, num_hashes, kTokenPairs);
   const Tensor lengths = torch::stable::new_zeros(ids, {batch.num_bags() + 1});
   if (batch.num_bags() > 0) {
-    count_bits_kernel<<<grid_size(batch.num_bags()), kThreads, 0, stream>>>(
-        batch, encoder, static_cast<int64_t*>(lengths.data_ptr()));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(stream, batch.num_bags(), count_bits_kernel, batch, encoder,
+           static_cast<int64_t*>(lengths.data_ptr()));
   }
   Tensor out_offsets = cumsum(lengths);
   // With one hash every id has one row, and there is no need to wait for the number.
@@ -69,10 +69,9 @@ std::tuple<Tensor, Tensor, Tensor> bloom_rows_cuda(const Tensor& ids, const Tens
   Tensor rows = torch::stable::new_zeros(ids, {size});
   Tensor source = torch::stable::new_zeros(ids, {size}, ScalarType::Int);
   if (batch.num_bags() > 0) {
-    write_bits_kernel<<<grid_size(batch.num_bags()), kThreads, 0, stream>>>(
-        batch, encoder, out_offsets.const_data_ptr<int64_t>(), rows.mutable_data_ptr<int64_t>(),
-        source.mutable_data_ptr<int32_t>());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(stream, batch.num_bags(), write_bits_kernel, batch, encoder,
+           out_offsets.const_data_ptr<int64_t>(), size, rows.mutable_data_ptr<int64_t>(),
+           source.mutable_data_ptr<int32_t>());
   }
   return {rows, out_offsets, source};
 }
@@ -100,9 +99,8 @@ Tensor bloom_weigh_cuda(const Tensor& weights, const Tensor& ids, const Tensor& 
                              kWeightPairs);
   Tensor factors = torch::stable::new_zeros(weights, {ids.numel()});
   if (batch.num_bags() > 0) {
-    weigh_kernel<<<grid_size(batch.num_bags()), kThreads, 0, current_stream(ids)>>>(
-        batch, encoder, weights.const_data_ptr<float>(), factors.mutable_data_ptr<float>());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(current_stream(ids), batch.num_bags(), weigh_kernel, batch, encoder,
+           weights.const_data_ptr<float>(), factors.mutable_data_ptr<float>());
   }
   return factors;
 }
@@ -170,17 +168,16 @@ Tensor bloom_pool_cuda(const Tensor& rows, const Tensor& weights, const Tensor& 
                                    kWeightPairs);
   Tensor pooled = torch::stable::new_zeros(weights, {batch.batch_size, batch.num_features * dim});
   if (batch.num_bags() == 0) return pooled;
-  const auto launch = [&](const auto* values) {
-    pool_kernel<<<grid_size(batch.num_bags() * kWarp), kThreads, 0, stream>>>(
-        batch, token_rows, token_weights, values, dim, weights.const_data_ptr<float>(),
-        per_sample_weights.numel() > 0 ? per_sample_weights.const_data_ptr<float>() : nullptr,
-        pooled.mutable_data_ptr<float>());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const auto launch_on = [&]<typename T>(const T* values) {
+    launch(stream, batch.num_bags() * kWarp, pool_kernel<T>, batch, token_rows, token_weights,
+           values, dim, weights.const_data_ptr<float>(),
+           per_sample_weights.numel() > 0 ? per_sample_weights.const_data_ptr<float>() : nullptr,
+           pooled.mutable_data_ptr<float>());
   };
   if (rows.scalar_type() == ScalarType::Half) {
-    launch(static_cast<const __half*>(rows.data_ptr()));
+    launch_on(static_cast<const __half*>(rows.data_ptr()));
   } else {
-    launch(static_cast<const float*>(rows.data_ptr()));
+    launch_on(static_cast<const float*>(rows.data_ptr()));
   }
   return pooled;
 }
@@ -240,24 +237,23 @@ std::tuple<Tensor, Tensor> bloom_weigh_backward_cuda(
   Tensor out_rows = torch::stable::new_zeros(ids, {size});
   Tensor out_grads = torch::stable::new_zeros(grad, {size, kWeightsPerRow});
   if (batch.num_bags() == 0) return {out_rows, out_grads};
-  const auto launch = [&](const auto* values) {
-    weigh_backward_kernel<<<grid_size(batch.num_bags() * kWarp), kThreads, 0, stream>>>(
-        batch, token_rows, token_weights, values, grad.const_data_ptr<float>(), rows.size(1),
-        per_sample_weights.numel() > 0 ? per_sample_weights.const_data_ptr<float>() : nullptr,
-        out_rows.mutable_data_ptr<int64_t>(), out_grads.mutable_data_ptr<float>());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const auto launch_on = [&]<typename T>(const T* values) {
+    launch(stream, batch.num_bags() * kWarp, weigh_backward_kernel<T>, batch, token_rows,
+           token_weights, values, grad.const_data_ptr<float>(), rows.size(1),
+           per_sample_weights.numel() > 0 ? per_sample_weights.const_data_ptr<float>() : nullptr,
+           out_rows.mutable_data_ptr<int64_t>(), out_grads.mutable_data_ptr<float>());
   };
   if (rows.scalar_type() == ScalarType::Half) {
-    launch(static_cast<const __half*>(rows.data_ptr()));
+    launch_on(static_cast<const __half*>(rows.data_ptr()));
   } else {
-    launch(static_cast<const float*>(rows.data_ptr()));
+    launch_on(static_cast<const float*>(rows.data_ptr()));
   }
   return {out_rows, out_grads};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
   m.impl("bloom_rows", TORCH_BOX(&bloom_rows_cuda));
   m.impl("bloom_pool", TORCH_BOX(&bloom_pool_cuda));
   m.impl("bloom_weigh", TORCH_BOX(&bloom_weigh_cuda));

@@ -95,25 +95,20 @@ std::tuple<Tensor, Tensor> bloom_union_cuda(const Tensor& ids, const Tensor& off
                              static_cast<int>(first_pair));
   const int64_t per_sample = shards_held * bits_per_shard;
   Tensor keys = torch::stable::new_zeros(ids, {ids.numel() * num_hashes});
-  keys_kernel<<<grid_size(batch.num_bags()), kThreads, 0, stream>>>(
-      batch, encoder, keys.mutable_data_ptr<int64_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(stream, batch.num_bags(), keys_kernel, batch, encoder, keys.mutable_data_ptr<int64_t>());
   const int num_bits = std::bit_width(static_cast<uint64_t>(batch.batch_size * per_sample));
   const int64_t size = sort_unique(keys, num_bits, stream);
   Tensor bits = torch::stable::new_empty(ids, {size});
-  bits_kernel<<<grid_size(size), kThreads, 0, stream>>>(
-      keys.const_data_ptr<int64_t>(), size, per_sample, bits.mutable_data_ptr<int64_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  offsets_kernel<<<grid_size(batch.batch_size + 1), kThreads, 0, stream>>>(
-      keys.const_data_ptr<int64_t>(), size, per_sample, batch.batch_size,
-      out_offsets.mutable_data_ptr<int64_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(stream, size, bits_kernel, keys.const_data_ptr<int64_t>(), size, per_sample,
+         bits.mutable_data_ptr<int64_t>());
+  launch(stream, batch.batch_size + 1, offsets_kernel, keys.const_data_ptr<int64_t>(), size,
+         per_sample, batch.batch_size, out_offsets.mutable_data_ptr<int64_t>());
   return {bits, out_offsets};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
   m.impl("bloom_union", TORCH_BOX(&bloom_union_cuda));
 }
 

@@ -26,10 +26,10 @@ __device__ void add_to(int64_t* counter, int64_t amount) {
 // One thread per shard.
 __global__ void inflate_kernel(int64_t num_shards, double growth, double* inflation,
                                int64_t* counters, int32_t* renormalise) {
-  const int64_t shard = first_index();
-  if (shard >= num_shards) return;
-  renormalise[shard] = inflate(inflation[shard], growth) ? 1 : 0;
-  ++counters[shard * kCounters + kSteps];
+  for (int64_t shard = first_index(); shard < num_shards; shard += index_stride()) {
+    renormalise[shard] = inflate(inflation[shard], growth) ? 1 : 0;
+    ++counters[shard * kCounters + kSteps];
+  }
 }
 
 // One thread per bucket; hardly ever has anything to do.
@@ -51,10 +51,9 @@ __global__ void route_kernel(HotSketch sketch, const int64_t* __restrict__ keys,
   for (int64_t i = first_index(); i < size; i += index_stride()) {
     const int32_t shard = shards[i];
     const bool tracked = shard >= 0 && shard < sketch.num_shards;
-    const bool valid = is_importance(importance[i]);
+    const bool valid = tracked && is_importance(importance[i]);
     if (tracked && !valid) add_to(counters + shard * kCounters + kNonFinite, 1);
-    buckets[i] =
-        tracked && valid ? static_cast<uint32_t>(sketch.bucket_index(shard, keys[i])) : nowhere;
+    buckets[i] = valid ? static_cast<uint32_t>(sketch.bucket_index(shard, keys[i])) : nowhere;
     positions[i] = static_cast<int32_t>(i);
   }
 }
@@ -97,6 +96,8 @@ __device__ void insert_all(const HotSketch& sketch, const SortedOccurrences& see
       skipped += outcome == kSkipped;
     }
   }
+  __syncwarp();  // shuffles do not order memory: all lanes have read the bucket before it is
+                 // written
   if (lane != 0) return;
   sketch.buckets[index] = bucket;
   int64_t* counts = counters + index / sketch.num_buckets * kCounters;
@@ -153,12 +154,10 @@ void observe_checked_cuda(const Tensor& keys, const Tensor& shards, const Tensor
   auto* inflated = static_cast<double*>(inflation.data_ptr());
   const Tensor renormalise = torch::stable::new_empty(keys, {sketch.num_shards}, ScalarType::Int);
   auto* flags = static_cast<int32_t*>(renormalise.data_ptr());
-  inflate_kernel<<<grid_size(sketch.num_shards), kThreads, 0, stream>>>(sketch.num_shards, growth,
-                                                                        inflated, counts, flags);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(stream, sketch.num_shards, inflate_kernel, sketch.num_shards, growth, inflated, counts,
+         flags);
   if (growth > 1.0) {
-    renormalise_kernel<<<grid_size(num_buckets), kThreads, 0, stream>>>(sketch, flags);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(stream, num_buckets, renormalise_kernel, sketch, flags);
   }
   if (size == 0) return;
 
@@ -168,21 +167,18 @@ void observe_checked_cuda(const Tensor& keys, const Tensor& shards, const Tensor
   const Tensor sorted_scores = torch::stable::new_empty(keys, {size}, ScalarType::Float);
   auto* to = static_cast<uint32_t*>(where.data_ptr());
   auto* from = static_cast<int32_t*>(positions.data_ptr());
-  route_kernel<<<grid_size(size), kThreads, 0, stream>>>(
-      sketch, keys.const_data_ptr<int64_t>(), shards.const_data_ptr<int32_t>(),
-      importance.const_data_ptr<float>(), size, to, from, counts);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(stream, size, route_kernel, sketch, keys.const_data_ptr<int64_t>(),
+         shards.const_data_ptr<int32_t>(), importance.const_data_ptr<float>(), size, to, from,
+         counts);
   sort_by_bucket(keys, stream, where, positions, size,
                  ceil_log2(static_cast<uint64_t>(num_buckets) + 1));
-  gather_kernel<<<grid_size(size), kThreads, 0, stream>>>(
-      sketch, keys.const_data_ptr<int64_t>(), importance.const_data_ptr<float>(), inflated,
-      to + size, from + size, size, static_cast<int64_t*>(sorted_keys.data_ptr()),
-      static_cast<float*>(sorted_scores.data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(stream, size, gather_kernel, sketch, keys.const_data_ptr<int64_t>(),
+         importance.const_data_ptr<float>(), inflated, to + size, from + size, size,
+         static_cast<int64_t*>(sorted_keys.data_ptr()),
+         static_cast<float*>(sorted_scores.data_ptr()));
   const SortedOccurrences seen{to + size, static_cast<int64_t*>(sorted_keys.data_ptr()),
                                static_cast<float*>(sorted_scores.data_ptr()), size};
-  insert_kernel<<<grid_size(size), kThreads, 0, stream>>>(sketch, seen, counts);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(stream, size, insert_kernel, sketch, seen, counts);
 }
 
 namespace {
@@ -196,6 +192,8 @@ void observe_cuda(const Tensor& keys, const Tensor& shards, const Tensor& import
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) { m.impl("observe", TORCH_BOX(&observe_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
+  m.impl("observe", TORCH_BOX(&observe_cuda));
+}
 
 }  // namespace torchrec_cafe

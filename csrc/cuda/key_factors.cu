@@ -53,10 +53,9 @@ Tensor key_factors_cuda(const Tensor& weights, const Tensor& keys, const Tensor&
   const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
   Tensor factors = torch::stable::new_empty(weights, {keys.numel()});
   if (keys.numel() == 0) return factors;
-  factors_kernel<<<grid_size(keys.numel()), kThreads, 0, current_stream(keys)>>>(
-      Keys(keys, shards, weights.size(0)), encoder_of(weights.size(0), weights.size(1), num_hashes),
-      weights.const_data_ptr<float>(), factors.mutable_data_ptr<float>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(current_stream(keys), keys.numel(), factors_kernel, Keys(keys, shards, weights.size(0)),
+         encoder_of(weights.size(0), weights.size(1), num_hashes), weights.const_data_ptr<float>(),
+         factors.mutable_data_ptr<float>());
   return factors;
 }
 
@@ -96,18 +95,16 @@ Tensor row_dots_cuda(const Tensor& grad, const Tensor& table, const Tensor& rows
   const int64_t num_bags = offsets.numel() - 1;
   Tensor dots = torch::stable::new_zeros(grad, {num_ids});
   if (num_bags == 0) return dots;
-  const auto launch = [&](const auto* values) {
-    dots_kernel<<<grid_size(num_bags * kWarp), kThreads, 0, current_stream(grad)>>>(
-        grad.const_data_ptr<float>(), values, table.size(0), table.size(1),
-        rows.const_data_ptr<int64_t>(), offsets.const_data_ptr<int64_t>(),
-        source.const_data_ptr<int32_t>(), rows.numel(), num_bags, num_ids,
-        dots.mutable_data_ptr<float>());
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const auto launch_on = [&]<typename T>(const T* values) {
+    launch(current_stream(grad), num_bags * kWarp, dots_kernel<T>, grad.const_data_ptr<float>(),
+           values, table.size(0), table.size(1), rows.const_data_ptr<int64_t>(),
+           offsets.const_data_ptr<int64_t>(), source.const_data_ptr<int32_t>(), rows.numel(),
+           num_bags, num_ids, dots.mutable_data_ptr<float>());
   };
   if (table.scalar_type() == ScalarType::Half) {
-    launch(static_cast<const __half*>(table.data_ptr()));
+    launch_on(static_cast<const __half*>(table.data_ptr()));
   } else {
-    launch(static_cast<const float*>(table.data_ptr()));
+    launch_on(static_cast<const float*>(table.data_ptr()));
   }
   return dots;
 }
@@ -149,17 +146,16 @@ std::tuple<Tensor, Tensor> key_factors_backward_cuda(const Tensor& grad, const T
   Tensor rows = torch::stable::new_zeros(keys, {size});
   Tensor grads = torch::stable::new_zeros(grad, {size, kWeightsPerRow});
   if (size == 0) return {rows, grads};
-  factors_backward_kernel<<<grid_size(keys.numel()), kThreads, 0, current_stream(keys)>>>(
-      Keys(keys, shards, shards_held), encoder_of(shards_held, weights_per_shard, num_hashes),
-      grad.const_data_ptr<float>(), rows.mutable_data_ptr<int64_t>(),
-      grads.mutable_data_ptr<float>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(current_stream(keys), keys.numel(), factors_backward_kernel,
+         Keys(keys, shards, shards_held), encoder_of(shards_held, weights_per_shard, num_hashes),
+         grad.const_data_ptr<float>(), rows.mutable_data_ptr<int64_t>(),
+         grads.mutable_data_ptr<float>());
   return {rows, grads};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
   m.impl("key_factors", TORCH_BOX(&key_factors_cuda));
   m.impl("key_factors_backward", TORCH_BOX(&key_factors_backward_cuda));
   m.impl("row_dots", TORCH_BOX(&row_dots_cuda));

@@ -1,4 +1,4 @@
-// What every launch needs: the current stream, a device guard, a grid.
+// What every launch needs: the current stream, a device guard, a grid, a check.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,11 +10,20 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <utility>
+
+// Tests compile these sources for the CPU, too, and register them elsewhere; see docs/cuda.md.
+#if !defined(CAFE_NAMESPACE)
+#define CAFE_NAMESPACE torchrec_cafe
+#define CAFE_DEVICE CUDA
+#define CAFE_MAX_BLOCKS 65535
+#endif
 
 namespace torchrec_cafe {
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarp = 32;
+inline constexpr int64_t kMaxBlocks = CAFE_MAX_BLOCKS;  // of a kernel that loops
 
 inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   void* stream = nullptr;
@@ -22,9 +31,22 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Blocks for a grid-stride loop over n elements.
-inline int grid_size(int64_t n) {
-  return static_cast<int>(std::min<int64_t>((n + kThreads - 1) / kThreads, 65535));
+// Launches a kernel with so many blocks of kThreads threads.
+template <typename... Params, typename... Args>
+void launch_blocks(cudaStream_t stream, int64_t blocks, void (*kernel)(Params...), Args&&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+}
+
+// Launches a kernel that takes n elements in steps of index_stride(): none, if there are none.
+template <typename... Params, typename... Args>
+void launch(cudaStream_t stream, int64_t n, void (*kernel)(Params...), Args&&... args) {
+  if (n == 0) return;
+  launch_blocks(stream, std::min((n + kThreads - 1) / kThreads, kMaxBlocks), kernel,
+                std::forward<Args>(args)...);
 }
 
 __device__ inline int64_t first_index() {

@@ -106,35 +106,32 @@ void learn_cuda(const Tensor& grad, const Tensor& offsets, const Tensor& keys, c
   auto* norm_out = static_cast<float*>(norm.data_ptr());
   auto* scale_out = static_cast<float*>(scales.data_ptr());
   if (num_bags > 0) {
-    bag_norms_kernel<<<grid_size(num_bags * kLanes), kThreads, 0, stream>>>(
-        grad.const_data_ptr<float>(), num_bags, grad.size(1), norm_out);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    block_sums_kernel<<<grid_size(num_blocks * num_features), kThreads, 0, stream>>>(
-        norm_out, num_samples, num_features, static_cast<NormSum*>(sums.data_ptr()));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(stream, num_bags * kLanes, bag_norms_kernel, grad.const_data_ptr<float>(), num_bags,
+           grad.size(1), norm_out);
+    launch(stream, num_blocks * num_features, block_sums_kernel, norm_out, num_samples,
+           num_features, static_cast<NormSum*>(sums.data_ptr()));
   }
   if (norms.size(1) > 0) {
-    update_means_kernel<<<grid_size(norms.size(1)), kThreads, 0, stream>>>(
-        static_cast<const NormSum*>(sums.data_ptr()), num_blocks,
-        features.const_data_ptr<int64_t>(), num_features, static_cast<NormSum*>(norms.data_ptr()),
-        norms.size(0), norms.size(1), decay, scale_out);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(stream, norms.size(1), update_means_kernel, static_cast<const NormSum*>(sums.data_ptr()),
+           num_blocks, features.const_data_ptr<int64_t>(), num_features,
+           static_cast<NormSum*>(norms.data_ptr()), norms.size(0), norms.size(1), decay, scale_out);
   }
   const Tensor tracked = torch::stable::new_empty(shards, {keys.numel()});
   torch::stable::fill_(tracked, -1);
   if (keys.numel() > 0 && num_bags > 0) {
-    weigh_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-        norm_out, scale_out, features.const_data_ptr<int64_t>(), num_features, norms.size(1),
-        offsets.const_data_ptr<int64_t>(), num_samples, shards.const_data_ptr<int32_t>(),
-        weights.numel() > 0 ? weights.const_data_ptr<float>() : nullptr, keys.numel(),
-        static_cast<float*>(importance.data_ptr()), static_cast<int32_t*>(tracked.data_ptr()));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(stream, num_bags, weigh_kernel, norm_out, scale_out, features.const_data_ptr<int64_t>(),
+           num_features, norms.size(1), offsets.const_data_ptr<int64_t>(), num_samples,
+           shards.const_data_ptr<int32_t>(),
+           weights.numel() > 0 ? weights.const_data_ptr<float>() : nullptr, keys.numel(),
+           static_cast<float*>(importance.data_ptr()), static_cast<int32_t*>(tracked.data_ptr()));
   }
   observe_checked_cuda(keys, tracked, importance, buckets, inflation, counters, growth);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) { m.impl("learn", TORCH_BOX(&learn_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
+  m.impl("learn", TORCH_BOX(&learn_cuda));
+}
 
 }  // namespace torchrec_cafe

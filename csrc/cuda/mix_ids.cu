@@ -35,17 +35,18 @@ Tensor mix_ids_cuda(const Tensor& ids, const Tensor& feature_offsets, const Tens
   Tensor mixed = torch::stable::empty_like(ids);
   const int64_t num_ids = ids.numel();
   if (num_ids == 0 || num_embeddings.numel() == 0) return mixed;
-  mix_ids_kernel<<<grid_size(num_ids), kThreads, 0, current_stream(ids)>>>(
-      ids.const_data_ptr<int64_t>(), num_ids, feature_offsets.const_data_ptr<int64_t>(),
-      num_embeddings.const_data_ptr<int64_t>(), num_embeddings.numel(),
-      reinterpret_cast<unsigned long long*>(out_of_range.mutable_data_ptr<int64_t>()),
-      mixed.mutable_data_ptr<int64_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(current_stream(ids), num_ids, mix_ids_kernel, ids.const_data_ptr<int64_t>(), num_ids,
+         feature_offsets.const_data_ptr<int64_t>(), num_embeddings.const_data_ptr<int64_t>(),
+         num_embeddings.numel(),
+         reinterpret_cast<unsigned long long*>(out_of_range.mutable_data_ptr<int64_t>()),
+         mixed.mutable_data_ptr<int64_t>());
   return mixed;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) { m.impl("mix_ids", TORCH_BOX(&mix_ids_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
+  m.impl("mix_ids", TORCH_BOX(&mix_ids_cuda));
+}
 
 }  // namespace torchrec_cafe

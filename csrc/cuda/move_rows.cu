@@ -25,9 +25,8 @@ __global__ void move_rows_kernel(T* rows, int64_t num_rows, int64_t columns, Row
 
 template <typename T>
 void move_all(const Tensor& rows, int64_t columns, const RowMoves& moves, float second_factor) {
-  move_rows_kernel<<<grid_size(moves.size() * kWarp), kThreads, 0, current_stream(rows)>>>(
-      static_cast<T*>(rows.data_ptr()), rows.size(0), columns, moves, second_factor);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(current_stream(rows), moves.size() * kWarp, move_rows_kernel<T>,
+         static_cast<T*>(rows.data_ptr()), rows.size(0), columns, moves, second_factor);
 }
 
 void move_rows_cuda(const Tensor& rows, const Tensor& actions, const Tensor& new_keys,
@@ -51,7 +50,7 @@ void move_rows_cuda(const Tensor& rows, const Tensor& actions, const Tensor& new
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
   m.impl("move_rows", TORCH_BOX(&move_rows_cuda));
 }
 

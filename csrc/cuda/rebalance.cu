@@ -143,7 +143,11 @@ __global__ void rebalance_kernel(RebalanceState state, const int64_t* __restrict
   __shared__ Scratch scratch;
   const int64_t i = blockIdx.x;
   const int64_t s = selected[i];
-  if (s < 0 || s >= state.sketch.num_shards || (i > 0 && s <= selected[i - 1])) return;
+  if (s < 0 || s >= state.sketch.num_shards) return;
+  // Out of order, it may be the shard of another block, too.
+  bool in_order = true;
+  for (int64_t j = threadIdx.x; j < i; j += kThreads) in_order &= selected[j] < s;
+  if (!__syncthreads_and(in_order)) return;
   const Shard shard = state.shard(s);
   free_rows += i * state.num_hot_rows;
   actions += i * state.num_hot_rows;
@@ -192,17 +196,16 @@ std::tuple<Tensor, Tensor> rebalance_cuda(const Tensor& selected, const Tensor& 
   if (num_selected == 0) return {actions, new_keys};
   const Tensor free_rows =
       torch::stable::new_empty(selected, {num_selected, state.num_hot_rows}, ScalarType::Int);
-  rebalance_kernel<<<static_cast<unsigned>(num_selected), kThreads, 0, current_stream(selected)>>>(
-      state, selected.const_data_ptr<int64_t>(), min_score, static_cast<float>(hysteresis),
-      num_medium, static_cast<int32_t*>(free_rows.data_ptr()), actions.mutable_data_ptr<int8_t>(),
-      new_keys.mutable_data_ptr<int64_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_blocks(current_stream(selected), num_selected, rebalance_kernel, state,
+                selected.const_data_ptr<int64_t>(), min_score, static_cast<float>(hysteresis),
+                num_medium, static_cast<int32_t*>(free_rows.data_ptr()),
+                actions.mutable_data_ptr<int8_t>(), new_keys.mutable_data_ptr<int64_t>());
   return {actions, new_keys};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
   m.impl("rebalance", TORCH_BOX(&rebalance_cuda));
 }
 

@@ -10,14 +10,14 @@ namespace {
 
 using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// lengths[1 + b * F + f] = length of bag (f, b); lengths[0] = 0. Lengths below 0, from offsets that
-// descend, count as 0.
-__global__ void bag_lengths_kernel(const int64_t* __restrict__ offsets, int64_t num_features,
-                                   int64_t batch_size, int64_t* __restrict__ lengths) {
+// lengths[1 + b * F + f] = length of bag (f, b); lengths[0] = 0.
+__global__ void bag_lengths_kernel(const int64_t* __restrict__ offsets, int64_t num_ids,
+                                   int64_t num_features, int64_t batch_size,
+                                   int64_t* __restrict__ lengths) {
   const int64_t num_bags = num_features * batch_size;
   for (int64_t bag = first_index(); bag < num_bags; bag += index_stride()) {
     const int64_t* in = offsets + (bag % num_features) * batch_size + bag / num_features;
-    lengths[1 + bag] = max(in[1] - in[0], int64_t{0});
+    lengths[1 + bag] = bag_length(in, num_ids);
     if (bag == 0) lengths[0] = 0;
   }
 }
@@ -38,7 +38,7 @@ __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __rest
     const int64_t feature = bag % map.num_features;
     const Table table = Table::load(map.tables, feature);
     const double ratio = table.shards_per_row(map.num_shards);
-    const int64_t first = offsets[feature * map.batch_size + bag / map.num_features];
+    const int64_t first = bag_begin(offsets + feature * map.batch_size + bag / map.num_features);
     const int64_t end = min(out_offsets[bag + 1], num_ids);
     for (int64_t i = out_offsets[bag]; i < end; ++i) {
       const int64_t from = first + i - out_offsets[bag];
@@ -89,25 +89,23 @@ Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tabl
   Tensor lengths = torch::stable::new_zeros(ids, {num_bags + 1});
   if (num_bags == 0) return {rows, lengths, source, keys, shards, second};
   const cudaStream_t stream = current_stream(ids);
-  bag_lengths_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-      offsets.const_data_ptr<int64_t>(), map.num_features, map.batch_size,
-      lengths.mutable_data_ptr<int64_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(stream, num_bags, bag_lengths_kernel, offsets.const_data_ptr<int64_t>(), num_ids,
+         map.num_features, map.batch_size, lengths.mutable_data_ptr<int64_t>());
   Tensor out_offsets = cumsum(lengths);
   const RemapOutput out{rows.mutable_data_ptr<int64_t>(),
                         with_source ? source.mutable_data_ptr<int32_t>() : nullptr,
                         num_tracked > 0 ? keys.mutable_data_ptr<int64_t>() : nullptr,
                         num_tracked > 0 ? shards.mutable_data_ptr<int32_t>() : nullptr,
                         num_second > 0 ? second.mutable_data_ptr<int32_t>() : nullptr};
-  remap_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-      map, hot_sketch(buckets), ids.const_data_ptr<int64_t>(), num_ids,
-      offsets.const_data_ptr<int64_t>(), out_offsets.const_data_ptr<int64_t>(), out);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(stream, num_bags, remap_kernel, map, hot_sketch(buckets), ids.const_data_ptr<int64_t>(),
+         num_ids, offsets.const_data_ptr<int64_t>(), out_offsets.const_data_ptr<int64_t>(), out);
   return {rows, out_offsets, source, keys, shards, second};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) { m.impl("remap", TORCH_BOX(&remap_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
+  m.impl("remap", TORCH_BOX(&remap_cuda));
+}
 
 }  // namespace torchrec_cafe

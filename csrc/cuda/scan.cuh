@@ -7,6 +7,13 @@
 
 namespace torchrec_cafe {
 
+// The part of a bag that is in [0, size), from its two offsets, which may be anything: no sum of
+// lengths overflows then.
+__device__ inline int64_t bag_begin(const int64_t* offsets) { return max(offsets[0], int64_t{0}); }
+__device__ inline int64_t bag_length(const int64_t* offsets, int64_t size) {
+  return max(min(offsets[1], size) - bag_begin(offsets), int64_t{0});
+}
+
 inline torch::stable::Tensor cumsum(const torch::stable::Tensor& tensor) {
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(tensor), torch::stable::detail::from(int64_t{0}),

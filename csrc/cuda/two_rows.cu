@@ -65,28 +65,26 @@ Rows add_second_rows_cuda(const Tensor& rows, const Tensor& offsets, const Tenso
                      hot_offset};
   const Tensor lengths = torch::stable::new_zeros(rows, {num_bags + 1});
   if (num_bags > 0) {
-    count_rows_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-        in, static_cast<int64_t*>(lengths.data_ptr()));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(stream, num_bags, count_rows_kernel, in, static_cast<int64_t*>(lengths.data_ptr()));
   }
   Tensor out_offsets = cumsum(lengths);
   const int64_t size = last_value(out_offsets, stream);
   Tensor out_rows = torch::stable::new_empty(rows, {size});
   Tensor source = torch::stable::new_empty(second, {with_source ? size : 0});
   if (num_bags > 0) {
-    write_rows_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-        in, out_offsets.const_data_ptr<int64_t>(), out_rows.mutable_data_ptr<int64_t>(),
-        with_source ? source.mutable_data_ptr<int32_t>() : nullptr);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(stream, num_bags, write_rows_kernel, in, out_offsets.const_data_ptr<int64_t>(),
+           out_rows.mutable_data_ptr<int64_t>(),
+           with_source ? source.mutable_data_ptr<int32_t>() : nullptr);
   }
   return {out_rows, out_offsets, source};
 }
 
-__global__ void double_lengths_kernel(const int64_t* __restrict__ offsets, int64_t num_features,
-                                      int64_t batch_size, int64_t* __restrict__ lengths) {
+__global__ void double_lengths_kernel(const int64_t* __restrict__ offsets, int64_t num_ids,
+                                      int64_t num_features, int64_t batch_size,
+                                      int64_t* __restrict__ lengths) {
   for (int64_t bag = first_index(); bag < num_features * batch_size; bag += index_stride()) {
     const int64_t* in = offsets + bag % num_features * batch_size + bag / num_features;
-    lengths[1 + bag] = 2 * max(in[1] - in[0], int64_t{0});
+    lengths[1 + bag] = 2 * bag_length(in, num_ids);
     if (bag == 0) lengths[0] = 0;
   }
 }
@@ -101,7 +99,7 @@ __global__ void quotient_remainder_kernel(const int64_t* __restrict__ ids, int64
   for (int64_t bag = first_index(); bag < num_features * batch_size; bag += index_stride()) {
     const int64_t feature = bag % num_features;
     const auto map = QuotientRemainder::load(tables, feature);
-    const int64_t first = offsets[feature * batch_size + bag / num_features];
+    const int64_t first = bag_begin(offsets + feature * batch_size + bag / num_features);
     const int64_t end = min(out_offsets[bag + 1], 2 * num_ids);
     for (int64_t i = out_offsets[bag]; i + 1 < end; i += 2) {
       const int64_t from = first + (i - out_offsets[bag]) / 2;
@@ -126,23 +124,19 @@ Rows quotient_remainder_cuda(const Tensor& ids, const Tensor& offsets, const Ten
   Tensor lengths = torch::stable::new_zeros(ids, {num_bags + 1});
   if (num_bags == 0) return {rows, lengths, source};
   const cudaStream_t stream = current_stream(ids);
-  double_lengths_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-      offsets.const_data_ptr<int64_t>(), num_features, num_bags / num_features,
-      lengths.mutable_data_ptr<int64_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(stream, num_bags, double_lengths_kernel, offsets.const_data_ptr<int64_t>(), num_ids,
+         num_features, num_bags / num_features, lengths.mutable_data_ptr<int64_t>());
   Tensor out_offsets = cumsum(lengths);
-  quotient_remainder_kernel<<<grid_size(num_bags), kThreads, 0, stream>>>(
-      ids.const_data_ptr<int64_t>(), num_ids, offsets.const_data_ptr<int64_t>(),
-      tables.const_data_ptr<int64_t>(), num_features, num_bags / num_features,
-      out_offsets.const_data_ptr<int64_t>(), rows.mutable_data_ptr<int64_t>(),
-      source.mutable_data_ptr<int32_t>());
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(stream, num_bags, quotient_remainder_kernel, ids.const_data_ptr<int64_t>(), num_ids,
+         offsets.const_data_ptr<int64_t>(), tables.const_data_ptr<int64_t>(), num_features,
+         num_bags / num_features, out_offsets.const_data_ptr<int64_t>(),
+         rows.mutable_data_ptr<int64_t>(), source.mutable_data_ptr<int32_t>());
   return {rows, out_offsets, source};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
   m.impl("add_second_rows", TORCH_BOX(&add_second_rows_cuda));
   m.impl("quotient_remainder", TORCH_BOX(&quotient_remainder_cuda));
 }

@@ -7,6 +7,7 @@ Every name that TorchRec does not promise to keep is imported or read here and n
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ from torchrec.distributed.planner.estimator.estimator import (
     get_embedding_perf_sharding_evaluator,
 )
 from torchrec.distributed.planner.types import ParameterConstraints as TorchRecConstraints
-from torchrec.distributed.planner.types import Topology
+from torchrec.distributed.planner.types import ShardEstimator, Topology
 from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_name
 from torchrec.distributed.sharding.dp_sharding import (
     DpPooledEmbeddingSharding,
@@ -92,6 +93,7 @@ __all__ = [
     "cut_by_boundaries",
     "default_backward_compute",
     "default_forward_compute",
+    "estimate_options",
     "input_dist_of_no_samples",
     "kernels_of",
     "kernels_of_lookup",
@@ -106,7 +108,6 @@ __all__ = [
     "receive_input",
     "set_row_boundaries",
     "sharded_copy",
-    "sharder_data_of",
     "sharded_tensor",
     "staggered",
     "tables_of",
@@ -192,9 +193,21 @@ def partition_by(sharding_type: str) -> str:
     return get_partition_by_type(sharding_type)
 
 
-def sharder_data_of(sharder: Any) -> Any:
-    """What estimators of TorchRec's planner are told of a sharder."""
-    return build_sharder_data_map({sharder_name(sharder.module_type): sharder})
+def estimate_options(estimator: Any, options: list[Any], sharder: Any) -> None:
+    """Let an estimator of TorchRec price sharding options; it writes into them.
+
+    Later versions of TorchRec take what a sharder says of itself instead of the sharder.
+
+    Args:
+        estimator: of time or of storage.
+        options: of modules that ``sharder`` shards.
+        sharder: TorchRec's or ours.
+    """
+    sharders = {sharder_name(sharder.module_type): sharder}
+    if "sharder_data_map" in inspect.signature(ShardEstimator.estimate).parameters:
+        estimator.estimate(options, sharder_data_map=build_sharder_data_map(sharders))
+    else:
+        estimator.estimate(options, sharder_map=sharders)
 
 
 def ranks_of_a_host(topology: Topology) -> int:

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_cafe.config import Auto, TableKind
-from torchrec_cafe.distributed._torchrec import partition_by, sharder_data_of
+from torchrec_cafe.distributed._torchrec import estimate_options, partition_by
 from torchrec_cafe.distributed.constraints import ParameterConstraints
 from torchrec_cafe.distributed.embedding_bag import EmbeddingBagCollectionSharder
 from torchrec_cafe.distributed.estimators import (
@@ -105,9 +105,8 @@ class OptionCosts:
         }
         self._config.costs = planned_costs(tables, self._topology)
         options = [self._option(c, tables.get(c.config.name)) for c in candidates]
-        data = sharder_data_of(self._sharder)
-        self._perf.estimate(options, sharder_data_map=data)
-        self._storage.estimate(options, sharder_data_map=data)
+        estimate_options(self._perf, options, self._sharder)
+        estimate_options(self._storage, options, self._sharder)
         return options
 
     def _planned(self, candidate: Candidate) -> PlannedTable:
