@@ -192,7 +192,7 @@ VARIANTS = {
     ),
     "cafe_factors": Variant(
         text="Cafe whose ids have learned factors of four weights, and second rows as in cafe; the "
-        "default from 3000x on",
+        "default from 300x on",
         cafe=("num_weight_hashes=4", "medium_fraction=0.3"),
     ),
     "mem_rec": Variant(text="MEM-REC, a row and four weights an id", kind="mem_rec"),

@@ -151,7 +151,7 @@ def test_weights_of_cafe_are_as_many_as_its_rows():
 
 
 @pytest.mark.parametrize(
-    ("compression", "factors", "second_rows"), [(10, 0, 0), (100, 4, 0), (4000, 4, 0.3)]
+    ("compression", "factors", "second_rows"), [(10, 0, 0), (100, 4, 0), (1000, 4, 0.3)]
 )
 def test_factors_and_second_rows_come_with_the_compression(
     compression: float, factors: int, second_rows: float

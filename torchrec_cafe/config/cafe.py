@@ -57,8 +57,8 @@ _FACTORS_HASHES = 4
 
 # Second rows pay where next to nothing is left for rows of one's own; beside factors, too. At
 # milder compressions their bytes do more as shared rows: on the accuracy study's data sets, up to
-# 1000x, from 10000x on the other way round.
-_SECOND_ROWS_FROM = 3000.0
+# 100x; at 1000x it is even, but with drift second rows win, and at 10000x everywhere.
+_SECOND_ROWS_FROM = 300.0
 _SECOND_ROWS = 0.3
 
 #: What the importance of an occurrence may be.
@@ -83,7 +83,7 @@ class Cafe(TableKind):
             [0, 1).
         medium_fraction: share of the shared rows' bytes that goes to second rows, in [0, 1): ids
             that are important, but not enough for a row of their own, look up the sum of two
-            shared rows. 0: none. ``None``: 0.3 from a compression of 3000 on, else 0.
+            shared rows. 0: none. ``None``: 0.3 from a compression of 300 on, else 0.
         num_weight_hashes: weights whose sum scales the rows of an id, learned as MEM-REC's are, in
             [0, 16]: ids that share a row differ in it. There are as many weights as rows.
             0: rows are not scaled. ``None``: 4 from a compression of 50 on, which is where they pay
