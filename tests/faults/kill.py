@@ -110,7 +110,9 @@ def _kill_one(folder: Path, rng: random.Random) -> bool:
     return True
 
 
-def run(folder: Path, *, steps: int, save_every: int, kills: int, seed: int) -> Outcome:
+def run(
+    folder: Path, *, steps: int, save_every: int, kills: int, seed: int, within: float = 4.0
+) -> Outcome:
     """Train to the end.
 
     Args:
@@ -119,6 +121,7 @@ def run(folder: Path, *, steps: int, save_every: int, kills: int, seed: int) -> 
         save_every: steps between two saves.
         kills: ranks to kill.
         seed: of the moments.
+        within: a kill comes at most so many seconds after a step, or after ranks start.
 
     Raises:
         RuntimeError: if the training hangs or ends early.
@@ -130,7 +133,7 @@ def run(folder: Path, *, steps: int, save_every: int, kills: int, seed: int) -> 
         for _ in tqdm(range(kills), desc="kills", unit="", disable=kills == 0):
             if rng.random() < 0.8:  # the others come while ranks start
                 _wait(folder, job, _trains)
-            time.sleep(rng.uniform(0, 4))
+            time.sleep(rng.uniform(0, within))
             while not _kill_one(folder, rng):  # ranks are just being started again
                 _wait(folder, job, bool)
                 if (folder / "end.json").exists():
@@ -172,7 +175,7 @@ def main() -> int:
     """Run both trainings and compare them; exit status 1 if they differ."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--save-every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

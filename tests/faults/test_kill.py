@@ -8,10 +8,10 @@ from tests.faults import kill
 
 
 def test_a_killed_training_ends_as_one_left_alone(tmp_path: Path):
-    killed = kill.run(tmp_path / "killed", steps=80, save_every=10, kills=2, seed=1)
+    killed = kill.run(tmp_path / "killed", steps=400, save_every=20, kills=2, seed=1, within=1.0)
     assert len(killed.recoveries) == 2
     assert killed.restarts == 2
     assert max(killed.recoveries) < kill.PATIENCE
-    alone = kill.run(tmp_path / "alone", steps=80, save_every=10, kills=0, seed=1)
+    alone = kill.run(tmp_path / "alone", steps=400, save_every=20, kills=0, seed=1)
     assert alone.restarts == 0
     assert killed.checksum == alone.checksum

@@ -57,8 +57,8 @@ class Plain:
             found = batch = reference.remap(ids, starts, columns, hot)
             if hot.rows.second_rows_per_shard > 0:
                 found = reference.add_second_rows(batch, hot.rows)
-            if lookup._factors is not None:
-                weights, num_hashes = lookup._factors.weights.table, lookup._factors._num_hashes
+            if lookup.factors is not None:
+                weights, num_hashes = lookup.factors.weights.table, lookup.factors._num_hashes
                 factors = reference.key_factors(
                     weights, batch.keys, batch.shards, num_hashes=num_hashes
                 )

@@ -66,7 +66,8 @@ def table_columns(tables: Sequence[TableLayout], device: torch.device) -> Tensor
         columns = (
             table.num_ids,
             table.shared_rows,
-            first_mixed_id(table.first_row, table.num_ids, table.shared_rows),
+            # A table by quotients lies on one rank; to those after it, it begins where it ends.
+            min(first_mixed_id(table.first_row, table.num_ids, table.shared_rows), table.num_ids),
             row - table.first_row,
             table.index,
         )
