@@ -10,6 +10,9 @@ import torch
 from tests.distributed import checkpoint_tasks as tasks
 from tests.distributed.ranks import run_ranks
 
+# Many processes, or many cases: on a busy machine they take long.
+pytestmark = pytest.mark.timeout(900)
+
 #: sharding type, ranks, hosts
 LAYOUTS = [
     ("row_wise", 1, 1),

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.faults import kill
+
+# Many processes, or many cases: on a busy machine they take long.
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_a_killed_training_ends_as_one_left_alone(tmp_path: Path):

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from hypothesis import given
@@ -19,6 +20,9 @@ from tests.fuzz.batches import Batch, batches
 from tests.fuzz.bed import CAFE, Bed, Setup
 from tests.fuzz.judge import STEPS, Judge
 from tests.fuzz.profile import fuzz
+
+# Many processes, or many cases: on a busy machine they take long.
+pytestmark = pytest.mark.timeout(900)
 
 #: cases of each setup
 CASES = 200

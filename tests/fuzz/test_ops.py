@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,9 @@ from tests.distributed.ranks import run_ranks
 from tests.fuzz import test_models
 from tests.fuzz.operators import Call, operators
 from tests.fuzz.profile import fuzz
+
+# Many processes, or many cases: on a busy machine they take long.
+pytestmark = pytest.mark.timeout(900)
 
 CASES = 6500
 #: what the memory around an argument holds

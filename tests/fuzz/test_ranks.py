@@ -25,6 +25,9 @@ from tests.fuzz.bed import CAFE, DIM, Bed, Setup, collection, gradient, same_bit
 from tests.fuzz.profile import fuzz
 from tests.fuzz.test_models import FACTORS, HASH, LOOKAHEAD, SAMPLES
 
+# Many processes, or many cases: on a busy machine they take long.
+pytestmark = pytest.mark.timeout(900)
+
 CASES = 60
 SETUPS = {
     "factors": Setup(FACTORS, weighted=True),
