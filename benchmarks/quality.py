@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.quality`` trains every data set, variant, compression and seed in a process
 of its own on one thread, ``--jobs`` at a time, and writes a report. What an earlier call has
-finished is not trained again, so a study may be interrupted at any time. ``--quick`` ends within a
-minute.
+finished is not trained again, so a study may be interrupted at any time, and goes on elsewhere with
+``--restore`` and the JSON file of its report. ``--quick`` ends within a minute.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from benchmarks.quality_run import (
     execute,
     load,
     read_records,
+    restore,
     settings,
     write_record,
 )
@@ -211,6 +212,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, default=5, help="trainings of each kind (default: 5)")
     add("--jobs", type=int, default=2, help="trainings at a time, a core each (default: 2)")
     add("--quick", action="store_true", help="small data, one seed, in a folder of its own")
+    add("--restore", default="", help="JSON of an earlier report, whose runs count as trained")
     add("--report-only", action="store_true", help="train nothing, report what there is")
     add("--cache_dir", default=".cache", help="where prepared data is kept")
     add("--traces", default="../shared/data/cache2k", help="folder of cache2k's *.trace.xz")
@@ -312,6 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.variants = options.variants or _QUICK_VARIANTS
         options.compressions = options.compressions or _QUICK_COMPRESSIONS
     study = _study(options)
+    if options.restore:
+        print(f"restored {restore(study, Path(options.restore))} runs")
     if not options.report_only:
         if options.quick:
             _forget(study)

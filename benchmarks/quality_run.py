@@ -283,6 +283,33 @@ def execute(study: Study, run: Run) -> dict[str, Any]:
     return record
 
 
+def restore(study: Study, results: Path) -> int:
+    """Take the runs of a results file as trained, such as those of another machine.
+
+    Args:
+        study: where they are to lie; what it has trained itself stays.
+        results: a JSON file that a report was written to.
+
+    Returns:
+        How many were taken.
+
+    Raises:
+        ValueError: if the file is no report of the study.
+    """
+    try:
+        found = json.loads(results.read_text())["runs"]
+        names = [field.name for field in dataclasses.fields(Run)]
+        records = {study.record(Run(*(r[name] for name in names))): r for r in found}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--restore must be the JSON file of an earlier report, got {results}: {error!r}"
+        ) from None
+    missing = {path: record for path, record in records.items() if not path.is_file()}
+    for path, record in missing.items():
+        write_record(path, record)
+    return len(missing)
+
+
 def read_records(study: Study, folders: Sequence[str]) -> list[dict[str, Any]]:
     """All records of some folders of a study.
 

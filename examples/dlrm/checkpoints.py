@@ -61,7 +61,7 @@ class RunCheckpoints:
         Args:
             step: steps that have been trained.
         """
-        if self._every and step % self._every == 0 and step not in self._manager.steps():
+        if self._every and step % self._every == 0:
             self._manager.async_save(self._state, step)
 
     def save_end(self, step: int, samples_per_second: float) -> None:

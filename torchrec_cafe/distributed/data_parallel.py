@@ -16,7 +16,6 @@ from torchrec.distributed.types import Awaitable, ShardingType
 from torchrec.modules.embedding_configs import PoolingType, data_type_to_sparse_type
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_cafe.config import MemRec
 from torchrec_cafe.distributed._torchrec import (
     BaseBatchedEmbeddingBag,
     DpPooledEmbeddingSharding,
@@ -26,10 +25,10 @@ from torchrec_cafe.distributed._torchrec import (
     TableBatchedEmbeddingSlice,
 )
 from torchrec_cafe.distributed.input import weights_of
-from torchrec_cafe.distributed.kernel import divide_by_sizes
+from torchrec_cafe.distributed.kernel import divide_by_sizes, mem_rec_layout
 from torchrec_cafe.distributed.lookup import CompressedGroupedPooledEmbeddingsLookup, IdMixer
 from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
-from torchrec_cafe.tables import DenseMemRecBags, MemRecLayout, TableLayout
+from torchrec_cafe.tables import DenseMemRecBags, TableLayout
 
 
 class DenseMemRecEmbeddingBag(BaseBatchedEmbeddingBag[Tensor]):
@@ -52,7 +51,6 @@ class DenseMemRecEmbeddingBag(BaseBatchedEmbeddingBag[Tensor]):
         """Allocate both tables; see the class."""
         super().__init__(config, pg, device, sharding_type)
         self.group: CompressedGroup = (config.fused_params or {})[GROUP_PARAM]
-        assert isinstance(self.group.kind, MemRec)
         tables = [
             TableLayout(
                 name=table.name,
@@ -66,16 +64,9 @@ class DenseMemRecEmbeddingBag(BaseBatchedEmbeddingBag[Tensor]):
             for table in config.embedding_tables
             if table.num_features() > 0
         ]
-        layout = MemRecLayout(
-            kind=self.group.kind,
-            first_shard=0,
-            shards_held=self.group.num_shards,
-            token_rows_per_shard=self.group.token_rows_per_shard,
-            weights_per_shard=self.group.weights_per_shard,
-        )
         self.bags = DenseMemRecBags(
             tables,
-            layout,
+            mem_rec_layout(self.group, 0, self.group.num_shards),
             config.embedding_tables[0].embedding_dim,
             precision=data_type_to_sparse_type(config.data_type),
             device=device or torch.device("cpu"),

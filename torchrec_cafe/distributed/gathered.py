@@ -15,10 +15,10 @@ from torchrec_cafe.config import Cafe, Lookahead, MemRec, QuotientRemainder, rem
 from torchrec_cafe.distributed._torchrec import kernels_of, process_group_of
 from torchrec_cafe.distributed.data_parallel import DenseMemRecEmbeddingBag
 from torchrec_cafe.distributed.embedding_bag import ShardedCompressedEmbeddingBagCollection
-from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
+from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag, mem_rec_layout
 from torchrec_cafe.distributed.types import CompressedGroup
 from torchrec_cafe.ops import PoolRows
-from torchrec_cafe.tables import MemRecLayout, TableLayout
+from torchrec_cafe.tables import TableLayout
 from torchrec_cafe.tables.touched import of_lookups
 from torchrec_cafe.tables.view import GroupLayout, GroupView, TableView
 
@@ -221,13 +221,7 @@ def group_layout(group: CompressedGroup) -> GroupLayout:
         row += table.shared_rows
     mem_rec = None
     if isinstance(kind, MemRec):
-        mem_rec = MemRecLayout(
-            kind=kind,
-            first_shard=0,
-            shards_held=group.num_shards,
-            token_rows_per_shard=group.token_rows_per_shard,
-            weights_per_shard=group.weights_per_shard,
-        )
+        mem_rec = mem_rec_layout(group, 0, group.num_shards)
     has_hot_rows = isinstance(kind, Cafe) and group.has_pool
     return GroupLayout(
         kind=kind,

@@ -20,7 +20,7 @@ from torchrec_cafe.distributed._torchrec import (
 )
 from torchrec_cafe.distributed.input import weights_of
 from torchrec_cafe.distributed.row_range_kernel import OWN_PARAMS, RowRangeEmbeddingBag
-from torchrec_cafe.distributed.types import GROUP_PARAM
+from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
 from torchrec_cafe.ops import PoolRows
 from torchrec_cafe.tables import (
     CompressedBags,
@@ -45,6 +45,24 @@ MEDIUM_IDS_PER_ROW = 100
 def _first_row(table: ShardedEmbeddingTable) -> int:
     assert table.local_metadata is not None
     return table.local_metadata.shard_offsets[0]
+
+
+def mem_rec_layout(group: CompressedGroup, first_shard: int, shards_held: int) -> MemRecLayout:
+    """Where the rows and weights of virtual shards of a group of MEM-REC tables lie.
+
+    Args:
+        group: of MEM-REC tables.
+        first_shard: the first that is held.
+        shards_held: how many.
+    """
+    assert isinstance(group.kind, MemRec)
+    return MemRecLayout(
+        kind=group.kind,
+        first_shard=first_shard,
+        shards_held=shards_held,
+        token_rows_per_shard=group.token_rows_per_shard,
+        weights_per_shard=group.weights_per_shard,
+    )
 
 
 def divide_by_sizes(pooled: Tensor, features: KeyedJaggedTensor) -> Tensor:
@@ -104,7 +122,7 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
 
     def _rows(self, device: torch.device, fused_params: dict[str, Any]) -> RowLookup:
         if isinstance(self.group.kind, MemRec):
-            layout = self._mem_rec_layout(self.group.kind)
+            layout = mem_rec_layout(self.group, *self._shards())
             tables = [
                 dataclasses.replace(
                     table, shared_rows=self.group.num_shards, first_row=layout.first_shard
@@ -171,16 +189,6 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
                 second_rows_per_shard=self.group.second_rows_per_shard,
             ),
             num_medium=MEDIUM_IDS_PER_ROW * self.group.second_rows_per_shard,
-        )
-
-    def _mem_rec_layout(self, kind: MemRec) -> MemRecLayout:
-        first_shard, shards_held = self._shards()
-        return MemRecLayout(
-            kind=kind,
-            first_shard=first_shard,
-            shards_held=shards_held,
-            token_rows_per_shard=self.group.token_rows_per_shard,
-            weights_per_shard=self.group.weights_per_shard,
         )
 
     def _shards(self) -> tuple[int, int]:
