@@ -16,7 +16,8 @@ inline constexpr int32_t kFree = -2;    // hot_rows[slot]: the slot holds no key
 inline constexpr int32_t kCold = -1;    // hot_rows[slot]: the slot's key owns no hot row
 inline constexpr int32_t kMedium = -3;  // hot_rows[slot]: nor does this one's, but it is half-way
 
-struct Bucket {
+// Aligned, so that a GPU reads it in four accesses of 16 bytes that lie in one line.
+struct alignas(64) Bucket {
   int64_t keys[kSlots];
   float scores[kSlots];      // >= 0 and finite
   int32_t hot_rows[kSlots];  // kFree, kCold, kMedium, or the hot row that the key owns

@@ -67,6 +67,8 @@ inline void check_buckets(const Tensor& buckets) {
                   sizeof(Bucket) / 8, "]");
   STD_TORCH_CHECK(buckets.size(1) < (int64_t{1} << 32),
                   "`buckets` must be fewer than 2**32 a shard");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(buckets.data_ptr()) % alignof(Bucket) == 0,
+                  "`buckets` must begin at a multiple of ", alignof(Bucket), " bytes; clone it");
 }
 
 // Positions and bags are 32-bit.

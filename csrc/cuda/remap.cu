@@ -51,7 +51,7 @@ __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __rest
         const int64_t key = table.key(mixed_id);
         shard = map.held_shard(table, shared_row, ratio);
         if (shard >= 0) {
-          const Bucket& bucket = sketch.buckets[sketch.bucket_index(shard, key)];
+          const Bucket bucket = sketch.buckets[sketch.bucket_index(shard, key)];
           row = hot_row(bucket, key);
           if (out.second != nullptr && is_medium(bucket, key)) {
             out.second[i] = static_cast<int32_t>(map.pool.second(shard, key));

@@ -371,3 +371,12 @@ def test_rebalance_and_state_refuse():
         dataclasses.replace(state, buckets=state.buckets.int())
     with pytest.raises(ValueError, match="at least one bucket a shard, got 0"):
         dataclasses.replace(state, buckets=state.buckets[:, :0].contiguous())
+
+
+def test_buckets_that_are_not_cache_lines_are_refused():
+    state = empty()
+    words = torch.empty(state.buckets.numel() + 1, dtype=torch.int64)
+    moved = words[1:].view_as(state.buckets).copy_(state.buckets)
+    with pytest.raises(ValueError, match="`buckets` must begin at a multiple of 64 bytes; clone"):
+        ops.observe(dataclasses.replace(state, buckets=moved), *GOOD)
+    assert torch.equal(moved, state.buckets)
