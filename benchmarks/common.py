@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,20 +106,30 @@ def interleaved(jobs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def print_rows(rows: Sequence[Row]) -> None:
-    """Print the figures as a table."""
+def table_of_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Figures as rows of text, the header first.
+
+    Args:
+        rows: with the attributes of :class:`Row`.
+    """
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
 
     met = {None: "", True: "yes", False: "NO"}
     table = [["figure", "value", "unit", "baseline", "target", "met"]]
+    numbers = ("baseline", "target")
     table += [
-        [row.name, number(row.value), row.unit, number(row.baseline), number(row.target)]
-        + [met[row.met]]
+        [row["name"], number(row["value"]), row["unit"], *(number(row[n]) for n in numbers)]
+        + [met[row["met"]]]
         for row in rows
     ]
-    print(as_text(table))
+    return table
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print the figures as a table."""
+    print(as_text(table_of_rows([vars(row) for row in rows])))
 
 
 def write_json(path: str, benchmark: str, rows: Sequence[Row]) -> None:
