@@ -44,7 +44,7 @@ from benchmarks.quality_run import (
     write_record,
 )
 from benchmarks.quality_traces import measure_traces
-from benchmarks.quality_variants import GENERIC_TEXT, VARIANTS, variant
+from benchmarks.quality_variants import GENERIC_TEXT, VARIANTS, trained_as, variant
 from examples.dlrm.config import TrainConfig
 from examples.dlrm.data import ClickLog
 from examples.dlrm.model import table_shapes
@@ -70,13 +70,14 @@ def plan_runs(
         compressions: of every compressed variant; empty: each data set's and variant's own.
         seeds: how many.
     """
-    return [
-        Run(name, chosen, compression, seed)
+    runs = (
+        Run(name, trained_as(chosen, compression), compression, seed)
         for seed in range(seeds)
         for name in data
         for chosen in variants or _default_variants(name)
         for compression in _compressions(name, chosen, compressions)
-    ]
+    )
+    return list(dict.fromkeys(runs))
 
 
 def _default_variants(data: str) -> list[str]:

@@ -26,6 +26,14 @@ from torchrec_cafe.tables import HotRowPool
 _ABLATED = (100.0, 1000.0)
 #: arguments of Cafe in every variant that does not say how many weights a factor has
 WITHOUT_FACTORS = ("num_weight_hashes=0", "medium_fraction=0.3")
+#: Cafe as it comes: at each compression it is one of the variants
+DEFAULT = "cafe_default"
+#: by weights of a factor and share of second rows
+_DEFAULTS = {
+    (0, 0.0): "cafe_single_level",
+    (4, 0.0): "cafe:num_weight_hashes=4+medium_fraction=0",
+    (4, 0.3): "cafe_factors",
+}
 #: variants that are made from arguments of a kind and a number of epochs, such as
 #: ``cafe:hot_fraction=.5+half_life=300`` or ``mem_rec:num_hashes=2+epochs=3``
 _GENERIC = re.compile(r"(full|hash|cafe|mem_rec):([^/]+)")
@@ -172,6 +180,19 @@ class Variant:
         return tuple(c for c in of_data if not self.ablation or c in _ABLATED)
 
 
+def trained_as(name: str, compression: float) -> str:
+    """The variant whose runs are those of a variant.
+
+    Args:
+        name: of a variant.
+        compression: of the runs.
+    """
+    if name != DEFAULT:
+        return name
+    own = tc.Cafe(compression=compression)
+    return _DEFAULTS[own.weight_hashes, own.second_rows]
+
+
 def _ablation(text: str, *cafe: str) -> Variant:
     return Variant(text=text, cafe=(*WITHOUT_FACTORS, *cafe), ablation=True)
 
@@ -184,6 +205,10 @@ VARIANTS = {
         kind="hash_whole",
     ),
     "quotient_remainder": Variant(text="QuotientRemainder", kind="quotient_remainder"),
+    DEFAULT: Variant(
+        text="Cafe as it comes: learned factors of ids from 50x on, second rows from 300x on",
+        cafe=(),
+    ),
     "cafe": Variant(
         text="Cafe without learned factors: ids between hot and cold look up two shared rows"
     ),

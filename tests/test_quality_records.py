@@ -1,4 +1,4 @@
-"""A study goes on elsewhere from the file of its report."""
+"""The records of a study: those of a report, those that stand for others, and their bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import quality
+from benchmarks.quality_records import Records
 from benchmarks.quality_run import Run, Study, restore, write_record
 
 RUN = Run("generator", "hash", 100.0, 0)
@@ -41,3 +42,28 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str):
     with pytest.raises(ValueError, match=r"--restore must be .* earlier report, got .*other.json"):
         restore(Study(tmp_path / "out", tmp_path), path)
     assert not (tmp_path / "out").exists()
+
+
+def test_cafe_as_it_comes_stands_for_another_variant_at_each_compression():
+    runs = quality.plan_runs(["generator"], ["cafe_default"], [10, 100, 1000], 1)
+    assert [run.variant for run in runs] == [
+        "cafe_single_level",
+        "cafe:num_weight_hashes=4+medium_fraction=0",
+        "cafe_factors",
+    ]
+    made = [{"data": r.data, "variant": r.variant, "compression": r.compression} for r in runs]
+    records = Records([run | {"seed": 0, "status": "done", "auc": 0.7} for run in made])
+    assert records.values("generator", "cafe_default", 100.0) == {0: 0.7}
+    assert records.compressions("generator", ["cafe_default"]) == [10, 100, 1000]
+    assert "cafe_default" in records.variants("generator", ablation=False)
+    assert len(list(records)) == 3  # it is no run of its own
+
+
+def test_bytes_over_the_budget_are_named():
+    sizes = {("full", 1.0): 1000, ("hash", 10.0): 100, ("cafe", 10.0): 101}
+    found = [
+        {"data": "generator", "variant": name, "compression": compression, "seed": 0}
+        | {"status": "done", "embedding_bytes": size}
+        for (name, compression), size in sizes.items()
+    ]
+    assert Records(found).over_budget() == ["generator/cafe@10x"]
