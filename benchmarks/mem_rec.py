@@ -145,14 +145,14 @@ class Case:
         what = "forward + backward" if self.backward else "forward"
         return f"{what}, {ids}, {self.pooling} ids a bag"
 
-    def batches(self, rows: int, count: int) -> list[Batch]:
+    def batches(self, rows: int, count: int, samples: int = BATCH) -> list[Batch]:
         """Distinct batches."""
-        size = BATCH * self.pooling
+        size = samples * self.pooling
         per_table = [
             zipf_ids(rows, count * size, self.exponent, seed).split(size)
             for seed in range(NUM_TABLES)
         ]
-        offsets = torch.arange(NUM_TABLES * BATCH + 1) * self.pooling
+        offsets = torch.arange(NUM_TABLES * samples + 1) * self.pooling
         return [(torch.cat(parts), offsets) for parts in zip(*per_table, strict=True)]
 
 
@@ -218,7 +218,7 @@ def _plot(path: str, rows: Sequence[Row], threads: int) -> None:
     for axis, backward in zip(axes, (False, True), strict=True):
         for exponent, style in ((0.0, "-"), (1.05, ":")):
             for tokens, precision in TOKEN_TABLES:
-                name = _name(tokens, precision)
+                name = token_name(tokens, precision)
                 found = {
                     row.name: row.value for row in rows if row.name.endswith(f"full over {name}")
                 }
@@ -240,7 +240,8 @@ def _plot(path: str, rows: Sequence[Row], threads: int) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _name(token_rows: int, precision: SparseType) -> str:
+def token_name(token_rows: int, precision: SparseType) -> str:
+    """Name of a token table, for the figures."""
     return f"MEM-REC {token_rows:,} {precision.name}"
 
 
@@ -265,7 +266,7 @@ def main() -> None:
     lookups: dict[str, Callable[[Batch], Tensor]] = {"full": full}
     for token_rows, precision in TOKEN_TABLES[: 2 if options.quick else None]:
         bags = mem_rec(rows, token_rows, precision)
-        lookups[_name(token_rows, precision)] = lambda batch, bags=bags: bags(*batch)
+        lookups[token_name(token_rows, precision)] = lambda batch, bags=bags: bags(*batch)
     cases = [
         Case(pooling, exponent, backward)
         for backward in (False, True)
