@@ -141,7 +141,7 @@ def test_planned_bytes_add_up_to_what_is_resident(kind: TableKind, sharding_type
         (
             {"t_other": tc.ParameterConstraints(table=models.CAFE)},
             2,
-            r"compress tables \['t_other'\], which no EmbeddingBagCollection of the model has",
+            r"compress tables \['t_other'\], which no EmbeddingBagCollection or",
         ),
         (
             {"t_small": tc.ParameterConstraints(table=models.CAFE)},

@@ -7,6 +7,10 @@ from torchrec_cafe.distributed.constraints import ParameterConstraints
 from torchrec_cafe.distributed.conversion import convert
 from torchrec_cafe.distributed.delta import DeltaTracker
 from torchrec_cafe.distributed.dense_export import DenseSavePlanner, dense_state_dict
+from torchrec_cafe.distributed.embedding import (
+    EmbeddingCollectionSharder,
+    ShardedCompressedEmbeddingCollection,
+)
 from torchrec_cafe.distributed.embedding_bag import (
     EmbeddingBagCollectionSharder,
     ShardedCompressedEmbeddingBagCollection,
@@ -39,6 +43,7 @@ __all__ = [
     "DeltaTracker",
     "DenseSavePlanner",
     "EmbeddingBagCollectionSharder",
+    "EmbeddingCollectionSharder",
     "EmbeddingShardingPlanner",
     "LookaheadTrainPipeline",
     "ParameterConstraints",
@@ -46,6 +51,7 @@ __all__ = [
     "PlannedRow",
     "PlannerError",
     "ShardedCompressedEmbeddingBagCollection",
+    "ShardedCompressedEmbeddingCollection",
     "convert",
     "dense_state_dict",
     "gather_tables",

@@ -24,7 +24,11 @@ from torchrec.distributed.batched_embedding_kernel import (
 from torchrec.distributed.composable.table_batched_embedding_slice import (
     TableBatchedEmbeddingSlice,
 )
-from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embedding_lookup import (
+    GroupedEmbeddingsLookup,
+    GroupedPooledEmbeddingsLookup,
+)
 from torchrec.distributed.embedding_sharding import (
     EmbeddingShardingInfo,
     bucketize_kjt_before_all2all,
@@ -43,11 +47,13 @@ from torchrec.distributed.sharding.dp_sharding import (
     DpPooledEmbeddingSharding,
     DpSparseFeaturesDist,
 )
+from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import (
     RwPooledEmbeddingDist,
     RwPooledEmbeddingSharding,
     RwSparseFeaturesDist,
 )
+from torchrec.distributed.sharding.tw_sequence_sharding import TwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import (
     TwPooledEmbeddingSharding,
     TwSparseFeaturesDist,
@@ -61,6 +67,7 @@ from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.pipeline_context import PrefetchTrainPipelineContext
 from torchrec.distributed.types import Awaitable
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.fused import FusedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -71,13 +78,16 @@ __all__ = [
     "EmbeddingFusedOptimizer",
     "EmbeddingShardingInfo",
     "GroupedEmbeddingConfig",
+    "GroupedEmbeddingsLookup",
     "GroupedPooledEmbeddingsLookup",
     "PrefetchTrainPipelineContext",
     "PrefetchTrainPipelineSparseDist",
     "RwPooledEmbeddingDist",
     "RwPooledEmbeddingSharding",
+    "RwSequenceEmbeddingSharding",
     "RwSparseFeaturesDist",
     "ShardedEmbeddingBagCollection",
+    "ShardedEmbeddingCollection",
     "ShardedEmbeddingTable",
     "ShardedTensor",
     "ShardedTensorMetadata",
@@ -89,6 +99,7 @@ __all__ = [
     "TwRwPooledEmbeddingDist",
     "TwRwPooledEmbeddingSharding",
     "TwRwSparseFeaturesDist",
+    "TwSequenceEmbeddingSharding",
     "TwSparseFeaturesDist",
     "cut_by_boundaries",
     "default_backward_compute",
@@ -106,6 +117,7 @@ __all__ = [
     "ranks_of_a_host",
     "reserved_topology",
     "receive_input",
+    "sequence_options",
     "set_row_boundaries",
     "sharded_copy",
     "sharded_tensor",
@@ -113,10 +125,11 @@ __all__ = [
     "tables_of",
     "takes_weights",
     "with_constraints",
+    "without_ids",
 ]
 
 
-def lookups_of(module: ShardedEmbeddingBagCollection) -> list[nn.Module]:
+def lookups_of(module: Any) -> list[nn.Module]:
     """The lookups of a sharded module, without their DDP wrapper."""
     return [
         lookup.module if isinstance(lookup, DistributedDataParallel) else lookup
@@ -124,7 +137,7 @@ def lookups_of(module: ShardedEmbeddingBagCollection) -> list[nn.Module]:
     ]
 
 
-def kernels_of(module: ShardedEmbeddingBagCollection) -> Iterator[BaseBatchedEmbeddingBag[Any]]:
+def kernels_of(module: Any) -> Iterator[BaseBatchedEmbeddingBag[Any]]:
     """The kernels of all lookups of a sharded module."""
     for lookup in lookups_of(module):
         modules: Any = lookup._emb_modules
@@ -215,13 +228,15 @@ def ranks_of_a_host(topology: Topology) -> int:
     return getattr(topology, "intra_group_size", topology.local_world_size)
 
 
-def process_group_of(module: ShardedEmbeddingBagCollection) -> Any:
+def process_group_of(module: Any) -> Any:
     """The ranks that a sharded module is spread over."""
     return module._env.process_group
 
 
-def tables_of(module: ShardedEmbeddingBagCollection) -> list[EmbeddingBagConfig]:
-    """The tables that a sharded module validates its input against."""
+def tables_of(module: Any) -> list[Any]:
+    """The tables of a sharded module."""
+    if isinstance(module, ShardedEmbeddingCollection):
+        return module._embedding_configs
     return module._embedding_bag_configs
 
 
@@ -253,6 +268,31 @@ def pool_means_once(module: ShardedEmbeddingBagCollection) -> None:
     ]
 
 
+def sequence_options(collection: EmbeddingCollection) -> dict[str, Any]:
+    """Arguments of a collection besides its tables and device; later versions have more of them."""
+    names = inspect.signature(EmbeddingCollection.__init__).parameters.keys()
+    return {name: getattr(collection, name)() for name in names - {"self", "tables", "device"}}
+
+
+def without_ids(features: KeyedJaggedTensor, num_samples: int = 0) -> KeyedJaggedTensor:
+    """A batch without ids, with the lengths that TorchRec's input dist cannot do without.
+
+    Args:
+        features: a batch of no samples.
+        num_samples: of the result.
+    """
+    lengths = features.lengths_or_none()
+    # Of the dtype of the other ranks' lengths, which gloo relies on.
+    like = features.offsets() if lengths is None else lengths
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        weights=features.weights_or_none(),
+        lengths=like.new_zeros(num_samples * len(features.keys())),
+        stride=num_samples,
+    )
+
+
 def input_dist_of_no_samples(
     module: ShardedEmbeddingBagCollection, ctx: Any, features: KeyedJaggedTensor
 ) -> Any:
@@ -260,16 +300,7 @@ def input_dist_of_no_samples(
 
     TorchRec 1.8 can neither make the divisor of means then, nor do without lengths.
     """
-    values, lengths = features.values(), features.lengths_or_none()
-    # Of the dtype of the other ranks' lengths, which gloo relies on.
-    like = features.offsets() if lengths is None else lengths
-    empty = KeyedJaggedTensor(
-        keys=features.keys(),
-        values=values,
-        weights=features.weights_or_none(),
-        lengths=like.new_empty(0),
-        stride=0,
-    )
+    empty = without_ids(features)
     if not module._has_mean_pooling_callback:
         return ShardedEmbeddingBagCollection.input_dist(module, ctx, empty)
     is_first = module._has_uninitialized_input_dist
@@ -280,7 +311,7 @@ def input_dist_of_no_samples(
         module._has_mean_pooling_callback = True
     if is_first:
         module._init_mean_pooling_callback(empty.keys(), None)
-    ctx.divisor = torch.ones(1, device=values.device)
+    ctx.divisor = torch.ones(1, device=empty.device())
     return sent
 
 

@@ -96,6 +96,7 @@ class BudgetMode:
         tables = [
             (path, collection, config)
             for path, collection in collections_of(module, sharders)
+            if isinstance(collection, EmbeddingBagCollection)  # others are TorchRec's, as ever
             for config in collection.embedding_bag_configs()
             if self._is_free(config.name)
         ]

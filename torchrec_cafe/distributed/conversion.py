@@ -18,9 +18,9 @@ from tqdm import tqdm
 from torchrec_cafe.config import Cafe, Hash
 from torchrec_cafe.distributed._torchrec import kernels_of, process_group_of, tables_of
 from torchrec_cafe.distributed.dense_source import DenseSource, RowRangeReader
-from torchrec_cafe.distributed.embedding_bag import ShardedCompressedEmbeddingBagCollection
 from torchrec_cafe.distributed.gathered import collections_with_kinds, compressed_groups
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
+from torchrec_cafe.distributed.sharded_collection import ShardedCompressedCollection
 from torchrec_cafe.distributed.touched import FOLLOWED
 from torchrec_cafe.distributed.types import CompressedGroup, CompressedTable
 from torchrec_cafe.ops import first_mixed_id, mix_ids
@@ -119,7 +119,7 @@ class _Job:
     """
 
     prefix: str
-    module: ShardedCompressedEmbeddingBagCollection
+    module: ShardedCompressedCollection
     group: CompressedGroup
     kernel: CompressedEmbeddingBag | None
 
@@ -173,7 +173,7 @@ def _joined(key: str) -> str:
     return f"{key}." if key else ""
 
 
-def _jobs(prefix: str, module: ShardedCompressedEmbeddingBagCollection) -> Iterator[_Job]:
+def _jobs(prefix: str, module: ShardedCompressedCollection) -> Iterator[_Job]:
     for group in compressed_groups(module):
         mine = (k for k in kernels_of(module) if isinstance(k, CompressedEmbeddingBag))
         kernel = next((kernel for kernel in mine if kernel.group == group), None)

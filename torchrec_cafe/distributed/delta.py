@@ -21,7 +21,7 @@ from torchrec_cafe.distributed._torchrec import (
 )
 from torchrec_cafe.distributed.embedding_bag import ShardedCompressedEmbeddingBagCollection
 from torchrec_cafe.distributed.gathered import Part, compressed_groups, gather, gather_concat
-from torchrec_cafe.distributed.inference import other_state, to_inference
+from torchrec_cafe.distributed.inference import other_state, refuse_sequences, to_inference
 from torchrec_cafe.distributed.touched import (
     FOLLOWED,
     Piece,
@@ -65,6 +65,7 @@ class DeltaTracker:
 
     def __init__(self, model: nn.Module) -> None:
         """Begin to follow; see the class."""
+        refuse_sequences(model, "a DeltaTracker follows")
         self._model = model
         self.version = 0
         self._collections = {

@@ -14,8 +14,8 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec_cafe.config import Cafe, Lookahead, MemRec, QuotientRemainder, remainder_rows
 from torchrec_cafe.distributed._torchrec import kernels_of, process_group_of
 from torchrec_cafe.distributed.data_parallel import DenseMemRecEmbeddingBag
-from torchrec_cafe.distributed.embedding_bag import ShardedCompressedEmbeddingBagCollection
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag, mem_rec_layout
+from torchrec_cafe.distributed.sharded_collection import ShardedCompressedCollection
 from torchrec_cafe.distributed.types import CompressedGroup
 from torchrec_cafe.ops import PoolRows
 from torchrec_cafe.tables import TableLayout
@@ -132,24 +132,24 @@ def gather_concat(tensor: Tensor, group: dist.ProcessGroup, *, to: int | None = 
 
 def collections_with_kinds(
     model: nn.Module,
-) -> Iterator[tuple[str, ShardedCompressedEmbeddingBagCollection]]:
+) -> Iterator[tuple[str, ShardedCompressedCollection]]:
     """The sharded collections of a model that have tables with a kind, by the prefix of their keys.
 
     Args:
         model: sharded by ``DistributedModelParallel``.
     """
     for name, module in get_unwrapped_module(model).named_modules():
-        if isinstance(module, ShardedCompressedEmbeddingBagCollection):
-            yield f"{name}.embedding_bags." if name else "embedding_bags.", module
+        if isinstance(module, ShardedCompressedCollection):
+            yield f"{name}.{module.tables_name}." if name else f"{module.tables_name}.", module
 
 
-def compressed_groups(module: ShardedCompressedEmbeddingBagCollection) -> list[CompressedGroup]:
+def compressed_groups(module: ShardedCompressedCollection) -> list[CompressedGroup]:
     """The groups of a collection whose tables are compressed, the same on every rank."""
     return [group for group in module.groups if not isinstance(group.kind, Lookahead)]
 
 
 def gather_group(
-    module: ShardedCompressedEmbeddingBagCollection, group: CompressedGroup, *, to: int | None
+    module: ShardedCompressedCollection, group: CompressedGroup, *, to: int | None
 ) -> GroupView | None:
     """A group in one place; every rank of the module has to call it.
 
@@ -246,7 +246,7 @@ def first_rows(layout: GroupLayout, group: CompressedGroup) -> dict[str, int]:
 
 
 def _parts(
-    module: ShardedCompressedEmbeddingBagCollection, group: CompressedGroup, layout: GroupLayout
+    module: ShardedCompressedCollection, group: CompressedGroup, layout: GroupLayout
 ) -> Iterator[Part]:
     """What this rank has of a group."""
     first = first_rows(layout, group)

@@ -25,6 +25,7 @@ from torchrec_cafe.distributed._torchrec import (
     takes_weights,
 )
 from torchrec_cafe.distributed.data_parallel import DenseMemRecEmbeddingBag
+from torchrec_cafe.distributed.embedding import ShardedCompressedEmbeddingCollection
 from torchrec_cafe.distributed.embedding_bag import ShardedCompressedEmbeddingBagCollection
 from torchrec_cafe.distributed.gathered import (
     Part,
@@ -73,6 +74,7 @@ def to_inference(
             if an id of a table has no vector of its own, as in ``MemRec(per="sample")``.
     """
     data_type = data_type_of(dtype)
+    refuse_sequences(model, "to_inference serves")
     named = dict(get_unwrapped_module(model).named_modules())
     collections = {
         name: module
@@ -227,6 +229,25 @@ def _serve_own(
     if dist.get_rank(group) != rank:
         return None
     return quantized_bags(configs, quantized, data_type, is_weighted=is_weighted)
+
+
+def refuse_sequences(model: nn.Module, does: str) -> None:
+    """Refuse a model in which sequences have tables with a kind.
+
+    Args:
+        model: sharded.
+        does: who refuses and what it does, for the message.
+
+    Raises:
+        ValueError: naming the tables.
+    """
+    for module in model.modules():
+        if isinstance(module, ShardedCompressedEmbeddingCollection):
+            names = sorted(table.name for group in module.groups for table in group.tables)
+            raise ValueError(
+                f"tables {names}: {does} no EmbeddingCollection whose tables have `table=`; export "
+                "it uncompressed with torchrec_cafe.dense_state_dict"
+            )
 
 
 def own_parts(module: ShardedEmbeddingBagCollection, name: str) -> Iterator[Part]:

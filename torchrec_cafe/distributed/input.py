@@ -11,8 +11,9 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_cafe.distributed.table_collections import TableConfig
 
 _INTEGERS = (torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.float64)  # FBGEMM's CPU operators know no others
@@ -27,7 +28,7 @@ class InputCheck:
         configs: the tables of a collection, with the features that look into them.
     """
 
-    def __init__(self, configs: Sequence[EmbeddingBagConfig]) -> None:
+    def __init__(self, configs: Sequence[TableConfig]) -> None:
         """Note the features; see the class."""
         self._tables = {name: config.name for config in configs for name in config.feature_names}
         self._keys: list[str] | None = None

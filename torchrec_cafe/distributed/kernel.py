@@ -226,3 +226,20 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
         """Forget what is not part of the state, before it is overwritten from outside."""
         if self.bags.state is not None:
             self.bags.state.reload()
+
+
+class CompressedEmbedding(CompressedEmbeddingBag):
+    """Kernel of one group of compressed tables whose ids each have a vector; see the base class."""
+
+    def forward(self, features: KeyedJaggedTensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Look up a batch whose ids the input dist has mixed and cut.
+
+        All rows of an id are on one rank, so that nothing is added up between ranks.
+
+        Args:
+            features: the rank's ids, ``[F * B]`` bags.
+
+        Returns:
+            ``[N, D]``, a vector for each id.
+        """
+        return self.bags.unpooled(features.values().long(), features.offsets().long())

@@ -18,7 +18,7 @@ from torchrec_cafe.distributed.layout import (
     parse_layout_key,
 )
 
-_TABLE = re.compile(r"embedding_bags\.(?P<table>[^.]+)\.")
+_TABLE = re.compile(r"embedding(?:_bag)?s\.(?P<table>[^.]+)\.")
 # Problems that an error message lists.
 _MAX_LISTED = 5
 

@@ -13,11 +13,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_cafe.distributed._torchrec import (
     GroupedEmbeddingConfig,
+    GroupedEmbeddingsLookup,
     GroupedPooledEmbeddingsLookup,
     ShardedEmbeddingTable,
 )
 from torchrec_cafe.distributed.bounds import BoundsReport
-from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
+from torchrec_cafe.distributed.kernel import CompressedEmbedding, CompressedEmbeddingBag
 from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
 from torchrec_cafe.ops import mix_ids
 
@@ -164,4 +165,36 @@ class OwnLookup:
             feature_processor=feature_processor,
             sharding_type=self._sharding_type,
             env=self._env,
+        )
+
+
+class CompressedGroupedEmbeddingsLookup(GroupedEmbeddingsLookup):
+    """TorchRec's lookup of sequences with our kernel for compressed groups."""
+
+    def _create_embedding_kernel(
+        self, config: GroupedEmbeddingConfig, pg: Any, device: Any, *args: Any
+    ) -> Any:
+        if GROUP_PARAM in (config.fused_params or {}):
+            return CompressedEmbedding(config, pg, device)
+        return super()._create_embedding_kernel(config, pg, device, *args)
+
+
+class OwnSequenceLookup:
+    """What shardings of our sequences have in common: they are TorchRec's, but for the lookup."""
+
+    _grouped_embedding_configs: list[GroupedEmbeddingConfig]
+    _pg: Any
+    _device: Any
+
+    def create_lookup(
+        self,
+        device: torch.device | None = None,
+        fused_params: dict[str, Any] | None = None,  # noqa: ARG002  TorchRec's signature
+        feature_processor: Any = None,  # noqa: ARG002
+    ) -> BaseEmbeddingLookup[Any, Any]:
+        """Lookup with our kernel."""
+        return CompressedGroupedEmbeddingsLookup(
+            grouped_configs=self._grouped_embedding_configs,
+            pg=self._pg,
+            device=device or self._device,
         )

@@ -12,9 +12,9 @@ from torchrec.distributed.types import (
     ParameterSharding,
     ShardingPlan,
 )
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_cafe.distributed.grouping import Groups
+from torchrec_cafe.distributed.table_collections import Collection
 from torchrec_cafe.distributed.types import (
     CompressedGroup,
     CompressedParameterSharding,
@@ -23,7 +23,7 @@ from torchrec_cafe.distributed.types import (
 
 
 def compress_entries(
-    collections: Sequence[tuple[str, EmbeddingBagCollection]], plan: ShardingPlan, groups: Groups
+    collections: Sequence[tuple[str, Collection]], plan: ShardingPlan, groups: Groups
 ) -> None:
     """Turn a plan's entries of tables with a kind into theirs.
 

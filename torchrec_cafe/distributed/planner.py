@@ -8,7 +8,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
@@ -21,7 +20,6 @@ from torchrec.distributed.types import (
     ShardingPlan,
     ShardingType,
 )
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_cafe.config import Auto
 from torchrec_cafe.distributed._torchrec import (
@@ -32,10 +30,6 @@ from torchrec_cafe.distributed._torchrec import (
 )
 from torchrec_cafe.distributed.budget_mode import BudgetMode, Choice
 from torchrec_cafe.distributed.constraints import ParameterConstraints
-from torchrec_cafe.distributed.embedding_bag import (
-    EmbeddingBagCollectionSharder,
-    default_sharders,
-)
 from torchrec_cafe.distributed.estimators import (
     KindPerfConfig,
     KindStorageEstimator,
@@ -44,9 +38,10 @@ from torchrec_cafe.distributed.estimators import (
 from torchrec_cafe.distributed.grouping import (
     Groups,
     collections_of,
+    default_sharders,
     group_tables,
-    own_sharder,
     ranks_of_a_table,
+    sharder_of,
     table_shape,
 )
 from torchrec_cafe.distributed.optimizers import OptimizerState, optimizer_state
@@ -54,7 +49,10 @@ from torchrec_cafe.distributed.option import BudgetError
 from torchrec_cafe.distributed.plan_entries import compress_entries
 from torchrec_cafe.distributed.plan_report import PlanReport
 from torchrec_cafe.distributed.planned_bytes import PlannedTable, plan_table
+from torchrec_cafe.distributed.planning_sharder import PlanningSharder
 from torchrec_cafe.distributed.report_rows import make_report
+from torchrec_cafe.distributed.sharded_collection import OwnSharder
+from torchrec_cafe.distributed.table_collections import configs_of, module_of, modules_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,39 +66,6 @@ _OF_STORAGE = (
     PlannerErrorType.STRICT_CONSTRAINTS,
 )
 _SHRINK_SHARDS = 0.75
-
-
-class _PlanningSharder(EmbeddingBagCollectionSharder):
-    """The user's sharder as the planner should see it: tables with a kind at their size."""
-
-    def __init__(
-        self,
-        sharder: EmbeddingBagCollectionSharder,
-        groups: Groups,
-        planned: Mapping[str, PlannedTable],
-    ) -> None:
-        super().__init__(sharder.fused_params, sharder.qcomm_codecs_registry)
-        self._sharder = sharder
-        self._groups = groups
-        self._planned = planned
-
-    def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
-        parameters = self._sharder.shardable_parameters(module)
-        for name in self._groups.get(id(module), {}):
-            old = parameters[name]
-            rows = sum(self._planned[name].rows)
-            weight = torch.empty((rows, old.shape[1]), dtype=old.dtype, device="meta")
-            parameters[name] = nn.Parameter(weight)
-        return parameters
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        # On CPU TorchRec leaves row-wise sharding out, although gloo has every collective it needs.
-        types = self._sharder.sharding_types(compute_device_type)
-        needed = {group.sharding_type for of in self._groups.values() for group in of.values()}
-        return types + sorted(needed - set(types))
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return self._sharder.compute_kernels(sharding_type, compute_device_type)
 
 
 class EmbeddingShardingPlanner(TorchRecPlanner):
@@ -181,8 +146,8 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
 
         Args:
             module: the model.
-            sharders: must hold an :class:`EmbeddingBagCollectionSharder` of this package if a
-                table has a kind or may get one.
+            sharders: must hold the sharders of this package for the collections in which a table
+                has a kind or may get one.
 
         Raises:
             ValueError: naming the table, if a table with a kind is unknown, has no sharder that
@@ -291,8 +256,8 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         self._adapted |= {name: constraint.physical() for name, constraint in kinds.items()}
         self._keep_others_as_they_are(module, sharders, kinds)
         told: list[Any] = [
-            _PlanningSharder(sharder, groups, planned)
-            if isinstance(sharder, EmbeddingBagCollectionSharder)
+            PlanningSharder(sharder, groups, planned)
+            if isinstance(sharder, OwnSharder)
             else sharder
             for sharder in sharders
         ]
@@ -308,20 +273,20 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
     def _planned_tables(
         self, module: nn.Module, sharders: Sequence[ModuleSharder[nn.Module]], groups: Groups
     ) -> dict[str, PlannedTable]:
-        ours = next((s for s in sharders if isinstance(s, EmbeddingBagCollectionSharder)), None)
         planned: dict[str, PlannedTable] = {}
         for _, collection in collections_of(module, sharders):
-            for config in collection.embedding_bag_configs():
+            ours = sharder_of(sharders, collection)
+            for config in configs_of(collection):
                 group = groups.get(id(collection), {}).get(config.name)
                 if group is None or ours is None:
                     continue
-                bag: nn.Module = collection.embedding_bags[config.name]
+                table = module_of(collection, config.name)
                 planned[config.name] = plan_table(
                     group,
                     config.name,
                     ranks_of_a_table(group.sharding_type, self._topology),
                     row_bytes=table_shape(config).row_bytes,
-                    state=optimizer_state(bag, ours.fused_params, config.embedding_dim),
+                    state=optimizer_state(table, ours.fused_params, config.embedding_dim),
                     on_cpu=self._topology.compute_device == "cpu",
                 )
         return planned
@@ -333,11 +298,11 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         planned: Mapping[str, PlannedTable],
     ) -> dict[str, OptimizerState]:
         """What optimizers keep for plain tables: a budget has to count it."""
-        ours = own_sharder(sharders, "tables have a kind, or may get one")
         return {
-            name: optimizer_state(bag, ours.fused_params, bag.embedding_dim)
+            name: optimizer_state(table, ours.fused_params, table.embedding_dim)
             for _, collection in collections_of(module, sharders)
-            for name, bag in cast(Any, collection.embedding_bags).items()
+            if (ours := sharder_of(sharders, collection)) is not None
+            for name, table in modules_of(collection).items()
             if name not in planned
         }
 
@@ -348,11 +313,13 @@ class EmbeddingShardingPlanner(TorchRecPlanner):
         kinds: Mapping[str, ParameterConstraints],
     ) -> None:
         """What the planning sharder offers besides TorchRec's is for tables with a kind only."""
-        ours = own_sharder(sharders, "tables have a kind, or may get one")
-        types = ours.sharding_types(self._topology.compute_device)
-        types = [t for t in types if t != ShardingType.GRID_SHARD.value]
         for _, collection in collections_of(module, sharders):
-            for config in collection.embedding_bag_configs():
+            ours = sharder_of(sharders, collection)
+            if ours is None:
+                continue
+            types = ours.sharding_types(self._topology.compute_device)
+            types = [t for t in types if t != ShardingType.GRID_SHARD.value]
+            for config in configs_of(collection):
                 constraint = self._adapted.get(config.name, TorchRecConstraints())
                 if config.name not in kinds and not constraint.sharding_types:
                     self._adapted[config.name] = dataclasses.replace(

@@ -6,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torchrec.distributed.planner.types import ShardingOption, Topology
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_cafe.distributed.grouping import Groups
 from torchrec_cafe.distributed.plan_report import PlannedRow, PlanReport
 from torchrec_cafe.distributed.planned_bytes import PlannedTable
+from torchrec_cafe.distributed.table_collections import Collection, TableConfig, configs_of
 
 if TYPE_CHECKING:
     from torchrec_cafe.distributed.budget_mode import Choice
 
 
 def make_report(
-    collections: Sequence[tuple[str, EmbeddingBagCollection]],
+    collections: Sequence[tuple[str, Collection]],
     options: Sequence[ShardingOption],
     groups: Groups,
     planned: Mapping[str, PlannedTable],
@@ -38,7 +37,7 @@ def make_report(
     configs = {
         (path, config.name): config
         for path, collection in collections
-        for config in collection.embedding_bag_configs()
+        for config in configs_of(collection)
     }
     of_table = {name: group for of in groups.values() for name, group in of.items()}
     # Tables of a pool that stays together follow its first one.
@@ -105,6 +104,6 @@ def _kept(option: ShardingOption) -> str:
     return f"{option.compute_kernel}{cached}"
 
 
-def _dense_bytes(option: ShardingOption, config: EmbeddingBagConfig | None) -> int:
+def _dense_bytes(option: ShardingOption, config: TableConfig | None) -> int:
     rows = option.tensor.shape[0] if config is None else config.num_embeddings
     return rows * option.tensor.shape[1] * option.tensor.element_size()

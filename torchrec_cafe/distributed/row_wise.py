@@ -16,11 +16,17 @@ from torchrec_cafe.distributed._torchrec import (
     GroupedEmbeddingConfig,
     RwPooledEmbeddingDist,
     RwPooledEmbeddingSharding,
+    RwSequenceEmbeddingSharding,
     RwSparseFeaturesDist,
     ShardedEmbeddingTable,
     set_row_boundaries,
 )
-from torchrec_cafe.distributed.lookup import IdMixer, OwnLookup, id_boundaries
+from torchrec_cafe.distributed.lookup import (
+    IdMixer,
+    OwnLookup,
+    OwnSequenceLookup,
+    id_boundaries,
+)
 from torchrec_cafe.distributed.pooled_columns import GroupColumns
 
 
@@ -31,6 +37,7 @@ class CompressedRwSparseFeaturesDist(RwSparseFeaturesDist):
         pg: process group of the sharding.
         tables: the tables, in the order of the features of a batch.
         device: where the ids are.
+        is_sequence: whether to note where each id came from, as sequences need it.
     """
 
     def __init__(
@@ -38,10 +45,12 @@ class CompressedRwSparseFeaturesDist(RwSparseFeaturesDist):
         pg: dist.ProcessGroup,
         tables: list[ShardedEmbeddingTable],
         device: torch.device | None = None,
+        *,
+        is_sequence: bool = False,
     ) -> None:
         """Set the boundaries; see the class."""
         sizes, boundaries = id_boundaries(tables, dist.get_world_size(pg), device)
-        super().__init__(pg, len(sizes), sizes, device=device)
+        super().__init__(pg, len(sizes), sizes, device=device, is_sequence=is_sequence)
         set_row_boundaries(self, boundaries)
         self._mixer = IdMixer(tables, device)
 
@@ -103,4 +112,17 @@ class CompressedRwPooledEmbeddingSharding(OwnLookup, RwPooledEmbeddingSharding):
         assert self._pg is not None
         return CompressedRwPooledEmbeddingDist(
             self._pg, self._grouped_embedding_configs, self.qcomm_codecs_registry
+        )
+
+
+class CompressedRwSequenceEmbeddingSharding(OwnSequenceLookup, RwSequenceEmbeddingSharding):
+    """Row-wise sharding of the compressed tables of a module of sequences."""
+
+    def create_input_dist(
+        self, device: torch.device | None = None
+    ) -> BaseSparseFeaturesDist[KeyedJaggedTensor]:
+        """Input dist by mixed ids."""
+        assert self._pg is not None
+        return CompressedRwSparseFeaturesDist(
+            self._pg, self.embedding_tables(), device or self._device, is_sequence=True
         )

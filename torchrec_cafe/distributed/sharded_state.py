@@ -115,7 +115,7 @@ def add_state(
         destination: mutated: gets the layouts of tables, and the state of groups.
         prefix: of the collection's keys.
     """
-    prefix += "embedding_bags."
+    prefix += f"{module.tables_name}."
     for name, tensor in layout_tensors(module.groups).items():
         destination[prefix + name] = tensor
     for kernel in module.compressed_kernels():
@@ -143,7 +143,7 @@ def take_state(
     Raises:
         ValueError: if a table was kept in another way; nothing is copied then.
     """
-    prefix += "embedding_bags."
+    prefix += f"{module.tables_name}."
     missing = take_layouts(module.groups, state_dict, prefix)
     for kernel in module.compressed_kernels():
         missing += _load_state(kernel, state_dict, prefix)

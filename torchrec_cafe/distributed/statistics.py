@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from torchrec_cafe.distributed._torchrec import ShardedEmbeddingBagCollection, kernels_of
+from torchrec_cafe.distributed._torchrec import (
+    ShardedEmbeddingBagCollection,
+    ShardedEmbeddingCollection,
+    kernels_of,
+)
 from torchrec_cafe.distributed.data_parallel import DenseMemRecEmbeddingBag
-from torchrec_cafe.distributed.embedding_bag import ShardedCompressedEmbeddingBagCollection
 from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
 from torchrec_cafe.distributed.lookahead import LookaheadEmbeddingBag
+from torchrec_cafe.distributed.sharded_collection import ShardedCompressedCollection
 from torchrec_cafe.tables import LookaheadStatistics
 
 
@@ -23,7 +27,7 @@ def resident_bytes(module: nn.Module) -> int:
     """
     total = 0
     for child in module.modules():
-        if not isinstance(child, ShardedEmbeddingBagCollection):
+        if not isinstance(child, ShardedEmbeddingBagCollection | ShardedEmbeddingCollection):
             continue
         for kernel in kernels_of(child):
             if isinstance(kernel, LookaheadEmbeddingBag):
@@ -51,7 +55,7 @@ def pool_statistics(module: nn.Module) -> dict[str, dict[str, float]]:
     return {
         kernel.group.name: kernel.bags.pool.statistics()
         for child in module.modules()
-        if isinstance(child, ShardedCompressedEmbeddingBagCollection)
+        if isinstance(child, ShardedCompressedCollection)
         for kernel in child.compressed_kernels()
         if kernel.bags.pool is not None
     }
@@ -69,6 +73,6 @@ def lookahead_statistics(module: nn.Module) -> dict[str, LookaheadStatistics]:
     return {
         kernel.group.name: kernel.bags.statistics
         for child in module.modules()
-        if isinstance(child, ShardedCompressedEmbeddingBagCollection)
+        if isinstance(child, ShardedCompressedCollection)
         for kernel in child.lookahead_kernels()
     }

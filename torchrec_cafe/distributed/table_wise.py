@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torchrec.distributed.embedding_sharding import BaseSparseFeaturesDist
@@ -11,9 +13,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_cafe.distributed._torchrec import (
     ShardedEmbeddingTable,
     TwPooledEmbeddingSharding,
+    TwSequenceEmbeddingSharding,
     TwSparseFeaturesDist,
 )
-from torchrec_cafe.distributed.lookup import IdMixer, OwnLookup
+from torchrec_cafe.distributed.lookup import IdMixer, OwnLookup, OwnSequenceLookup
 
 
 class CompressedTwSparseFeaturesDist(TwSparseFeaturesDist):
@@ -48,10 +51,13 @@ class CompressedTwSparseFeaturesDist(TwSparseFeaturesDist):
         return super().forward(self._mixer(sparse_features))
 
 
-class CompressedTwPooledEmbeddingSharding(OwnLookup, TwPooledEmbeddingSharding):
-    """Table-wise sharding of the compressed tables of a module."""
+class _OwnInputDist:
+    """An input dist that mixes ids, of pooled bags and of sequences."""
 
-    _sharding_type = ShardingType.TABLE_WISE
+    _pg: dist.ProcessGroup | None
+    _device: torch.device | None
+    embedding_tables: Callable[[], list[ShardedEmbeddingTable]]
+    features_per_rank: Callable[[], list[int]]
 
     def create_input_dist(
         self, device: torch.device | None = None
@@ -61,3 +67,15 @@ class CompressedTwPooledEmbeddingSharding(OwnLookup, TwPooledEmbeddingSharding):
         return CompressedTwSparseFeaturesDist(
             self._pg, self.embedding_tables(), self.features_per_rank(), device or self._device
         )
+
+
+class CompressedTwPooledEmbeddingSharding(_OwnInputDist, OwnLookup, TwPooledEmbeddingSharding):
+    """Table-wise sharding of the compressed tables of a module."""
+
+    _sharding_type = ShardingType.TABLE_WISE
+
+
+class CompressedTwSequenceEmbeddingSharding(
+    _OwnInputDist, OwnSequenceLookup, TwSequenceEmbeddingSharding
+):
+    """Table-wise sharding of the compressed tables of a module of sequences."""

@@ -23,6 +23,15 @@ def sharding_types(kind: TableKind) -> tuple[str, ...]:
     return (*types, ShardingType.DATA_PARALLEL.value) if isinstance(kind, MemRec) else types
 
 
+def sequence_sharding_types(kind: TableKind) -> tuple[str, ...]:
+    """How tables of a kind can be sharded in an ``EmbeddingCollection``.
+
+    TorchRec has no more. All rows of an id then lie on one rank, whatever the kind.
+    """
+    both = (ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value)
+    return tuple(sharding_type for sharding_type in sharding_types(kind) if sharding_type in both)
+
+
 #: Key of ``fused_params`` under which a group travels through TorchRec to the kernel.
 GROUP_PARAM = "torchrec_cafe_group"
 

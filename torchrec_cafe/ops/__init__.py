@@ -39,6 +39,7 @@ from torchrec_cafe.ops.pool_rows import (
     quotient_remainder,
 )
 from torchrec_cafe.ops.row_map import (
+    ID_BITS,
     TABLE_COLUMNS,
     HotRows,
     PoolRows,
@@ -92,6 +93,7 @@ __all__ = [
     "BitsOfSamples",
     "BloomBits",
     "HotRows",
+    "ID_BITS",
     "Lookups",
     "Moves",
     "PoolRows",

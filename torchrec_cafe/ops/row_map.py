@@ -15,6 +15,8 @@ from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_err
 
 #: Columns of the ``tables`` argument of :func:`remap`.
 TABLE_COLUMNS = ("num_ids", "shared_rows", "first_id", "row_offset", "index")
+#: Bits of a key that are the mixed id; those above are the number of the table in its pool.
+ID_BITS = 48
 
 
 class Remapped(NamedTuple):

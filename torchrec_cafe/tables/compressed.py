@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool
-from torchrec_cafe.tables.rows import RowLookup, SharedRows
+from torchrec_cafe.tables.rows import BagRows, RowLookup, SharedRows
 from torchrec_cafe.tables.state import ShardedState
 from torchrec_cafe.tables.touched import TouchedRows
 
@@ -58,13 +58,30 @@ class CompressedBags(nn.Module):
         self.settle()
         if not torch.is_grad_enabled():
             return self.rows.infer(ids, offsets, weights, self.tbe)
-        rows, starts, factors, learn, scales = self.rows(ids, offsets, weights)
-        if self.touched is not None:
-            self.touched.mark(rows)
-        pooled = self.tbe.pool(rows, starts, factors)
-        if learn is not None and pooled.requires_grad:
-            pooled.register_hook(torch.no_grad()(learn))
-        return self.rows.by_sample(pooled, scales)
+        found = self.rows(ids, offsets, weights)
+        return self.rows.by_sample(self._look_up(found), found.scales)
+
+    def unpooled(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """Look up each id by itself.
+
+        Args:
+            ids: as :meth:`forward` takes them.
+            offsets: as :meth:`forward` takes them.
+
+        Returns:
+            ``[N, D]``, in the order of the ids; in training mode its gradient feeds the sketch.
+        """
+        self.settle()
+        return self._look_up(self.rows.unpooled(ids, offsets))
+
+    def _look_up(self, found: BagRows) -> Tensor:
+        """The rows of each bag, added up; one row a bag."""
+        if self.touched is not None and torch.is_grad_enabled():
+            self.touched.mark(found.rows)
+        pooled = self.tbe.pool(found.rows, found.offsets, found.factors)
+        if found.learn is not None and pooled.requires_grad:
+            pooled.register_hook(torch.no_grad()(found.learn))
+        return pooled
 
     def settle(self) -> None:
         """Apply what the last step has taught; see :meth:`HotRowPool.settle`."""

@@ -13,6 +13,7 @@ from torchrec_cafe.ops import (
     COLD,
     COUNTERS,
     FREE,
+    ID_BITS,
     MEDIUM,
     HotRows,
     Moves,
@@ -174,12 +175,8 @@ class HotRowPool(nn.Module, ShardedState):
             batch: what was looked up.
             weights: float32 ``[N]``, per-sample weight of each id; ``None``: all one.
         """
-        kind = self.layout.kind
-        # Every rank sees the bags of the whole batch, so all agree.
-        bags = (offsets.numel() - 1) // len(self._features) * self._num_tracked
-        hot_rows = self.layout.num_shards * self.layout.rows.hot_rows_per_shard
-        growth = kind.growth(bags / hot_rows)
-        if kind.importance == "frequency":
+        growth = self._growth((offsets.numel() - 1) // len(self._features))
+        if self.layout.kind.importance == "frequency":
             ones = torch.ones_like(batch.keys, dtype=torch.float32)
             counted = ones if weights is None else weights.abs()
             observe(self.sketch, batch.keys, batch.shards, counted, growth=growth)
@@ -195,6 +192,51 @@ class HotRowPool(nn.Module, ShardedState):
                 decay=NORM_DECAY,
                 growth=growth,
             )
+        self._end_step(batch)
+
+    def learn_unpooled(self, grad: Tensor, samples: int, batch: Remapped) -> None:
+        """Feed the sketch with ids that were not pooled: each has a gradient of its own.
+
+        The importance of an id is the norm of its gradient, in units of the running mean of its
+        table *in its virtual shard*: a rank sees the gradients of its own ids only, and a shard
+        is to learn the same on whichever rank it is.
+
+        Args:
+            grad: ``[N, D]``, gradient of the ids' vectors.
+            samples: of the whole batch.
+            batch: what was looked up.
+        """
+        if self.layout.shards_held > 0:
+            importance = torch.ones_like(batch.keys, dtype=torch.float32)
+            if self.layout.kind.importance != "frequency":
+                importance = self._importance(grad, batch)
+            growth = self._growth(samples)
+            observe(self.sketch, batch.keys, batch.shards, importance, growth=growth)
+        self._end_step(batch)
+
+    def _importance(self, grad: Tensor, batch: Remapped) -> Tensor:
+        """The importance of ids that were not pooled, float32 ``[N]``; updates the means."""
+        norms = torch.linalg.vector_norm(grad.float(), dim=1)
+        # NaN and infinity are no part of the mean; the sketch counts and skips them.
+        counts = ((batch.shards >= 0) & norms.isfinite()).double()
+        cells = batch.shards.clamp(min=0) * self._norms.shape[1] + (batch.keys >> ID_BITS)
+        totals = self._norms.view(-1, 2)
+        totals *= NORM_DECAY
+        totals[:, 0].index_add_(0, cells, torch.where(counts > 0, norms, 0.0).double())
+        totals[:, 1].index_add_(0, cells, counts)
+        scales = torch.where(totals[:, 0] > 0, totals[:, 1] / totals[:, 0], 0.0).float()
+        return norms * scales.index_select(0, cells)
+
+    def _growth(self, samples: int) -> float:
+        """What an occurrence counts more than one of the step before.
+
+        Args:
+            samples: of the whole batch, which every rank sees, so that all agree.
+        """
+        hot_rows = self.layout.num_shards * self.layout.rows.hot_rows_per_shard
+        return self.layout.kind.growth(samples * self._num_tracked / hot_rows)
+
+    def _end_step(self, batch: Remapped) -> None:
         if self._step % HOT_SHARE_INTERVAL == 0:
             hot = torch.count_nonzero(batch.rows >= self.layout.rows.offset)
             self._hot_share.copy_(torch.stack([hot, torch.count_nonzero(batch.shards >= 0)]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
@@ -18,6 +18,7 @@ from torchrec_cafe.config import MemRec
 from torchrec_cafe.ops import (
     BitsOfSamples,
     BloomBits,
+    Lookups,
     bloom_pool,
     bloom_rows,
     bloom_union,
@@ -26,7 +27,7 @@ from torchrec_cafe.ops import (
 )
 from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
-from torchrec_cafe.tables.rows import BagRows, RowLookup, TableLayout
+from torchrec_cafe.tables.rows import BagRows, RowLookup, TableLayout, by_id, feature_starts
 from torchrec_cafe.tables.state import ShardedState
 from torchrec_cafe.tables.weights import WeightTable
 
@@ -121,29 +122,52 @@ class MemRecRows(MemRecLookup):
 
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
         """Find the rows; see the base class."""
-        found = bloom_rows(ids, offsets, self._tables, self._layout.token_bits)
-        bits = self._layout.weight_bits
-        factors = bloom_weigh(self.weights.table, ids, offsets, self._tables, bits)
+        found, factors = self._found(ids, offsets)
         if weights is not None:
             factors = factors * weights
         given = None if weights is None else weights.detach()
+        bags = _Bags(ids, offsets, self._tables)
         # FBGEMM could pass the gradient of the factors on, but takes long over it on a CPU.
         return BagRows(
             found.rows,
             found.offsets,
             factors.index_select(0, found.source),
-            lambda grad: self._learn(grad, ids, offsets, given),
+            lambda grad: self._learn(grad, bags, given),
         )
 
-    def _learn(self, grad: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
+    def unpooled(self, ids: Tensor, offsets: Tensor) -> BagRows:
+        """Find the rows of each id; see the base class."""
+        starts = feature_starts(offsets, self.num_features)
+        found, factors = self._found(ids, starts)
+        found = by_id(found, len(ids))
+        return BagRows(
+            found.rows,
+            found.offsets,
+            factors.index_select(0, found.source),
+            lambda grad: self._learn(grad, self._bags_of_ids(ids, starts), None),
+        )
+
+    def _found(self, ids: Tensor, offsets: Tensor) -> tuple[Lookups, Tensor]:
+        """The token rows of bags, and the factor of each id."""
+        found = bloom_rows(ids, offsets, self._tables, self._layout.token_bits)
+        bits = self._layout.weight_bits
+        return found, bloom_weigh(self.weights.table, ids, offsets, self._tables, bits)
+
+    def _bags_of_ids(self, ids: Tensor, starts: Tensor) -> _Bags:
+        """One sample, in which every id is a feature."""
+        size = len(ids)
+        tables = self._tables.repeat_interleave(starts.diff(), dim=0, output_size=size)
+        return _Bags(ids, torch.arange(size + 1, device=ids.device), tables)
+
+    def _learn(self, grad: Tensor, bags: _Bags, weights: Tensor | None) -> None:
         """Train the weights, before FBGEMM changes the rows that they were multiplied with."""
+        if len(bags.tables) == 0:  # a rank may have none of the ids
+            return
         (tbe,) = self._tbe
         rows, grads = bloom_weigh_backward(
             grad.float().contiguous(),
             tbe.split_embedding_weights()[-1],
-            ids,
-            offsets,
-            self._tables,
+            *bags,
             **self._layout.both_bits,
             per_sample_weights=weights,
         )
@@ -165,6 +189,14 @@ class MemRecRows(MemRecLookup):
             per_sample_weights=weights,
         )
         return pooled.to(SparseType.from_int(tbe.output_dtype).as_dtype())
+
+
+class _Bags(NamedTuple):
+    """Bags of ids, and the table of each feature, as the operators take them."""
+
+    ids: Tensor
+    offsets: Tensor
+    tables: Tensor
 
 
 def sum_weights(weights: Tensor, hit: BitsOfSamples) -> Tensor:
@@ -220,6 +252,14 @@ class MemRecSamples(MemRecLookup):
             scales.requires_grad_()
             scales.register_hook(torch.no_grad()(lambda grad: self._learn(grad, hit)))
         return BagRows(found.bits, found.offsets, None, scales=scales)
+
+    def unpooled(self, ids: Tensor, offsets: Tensor) -> BagRows:
+        """Refuse; see the base class.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("MemRec(per='sample') has no vectors of ids; use MemRec(per='token')")
 
     def _learn(self, grad: Tensor, hit: BitsOfSamples) -> None:
         """Train the weights: each has the gradient of its samples' factors."""

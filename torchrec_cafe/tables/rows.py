@@ -95,6 +95,32 @@ class BagRows(NamedTuple):
     scales: Tensor | None = None
 
 
+def feature_starts(offsets: Tensor, num_features: int) -> Tensor:
+    """Where each feature's ids start: int64 ``[F + 1]``.
+
+    Args:
+        offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
+        num_features: F, >= 1.
+    """
+    samples = (offsets.numel() - 1) // num_features
+    if samples == 0:
+        return offsets.new_zeros(num_features + 1)
+    return offsets[::samples].contiguous()
+
+
+def by_id(found: Lookups, num_ids: int) -> Lookups:
+    """The same rows, in a bag of its own for each id.
+
+    Args:
+        found: rows in the order of their ids, at least one of each.
+        num_ids: N.
+    """
+    ids = torch.arange(num_ids + 1, dtype=torch.int32, device=found.rows.device)
+    if len(found.rows) == num_ids:
+        return found._replace(offsets=ids.long())
+    return found._replace(offsets=torch.searchsorted(found.source, ids))
+
+
 class RowLookup(nn.Module, ABC):
     """Finds the rows of a batch.
 
@@ -149,6 +175,18 @@ class RowLookup(nn.Module, ABC):
             ids: int64 ``[N]``, mixed ids relative to the first of this rank, feature-major.
             offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
             weights: float32 ``[N]``, factor of each id's rows in its bag's sum; ``None``: all one.
+        """
+
+    @abstractmethod
+    def unpooled(self, ids: Tensor, offsets: Tensor) -> BagRows:
+        """Find the rows of each id by itself.
+
+        Args:
+            ids: as :meth:`forward` takes them.
+            offsets: as :meth:`forward` takes them.
+
+        Returns:
+            Bag ``i`` has the rows of ``ids[i]``; ``learn`` takes the gradient ``[N, D]``.
         """
 
     def infer(
@@ -216,9 +254,23 @@ class SharedRows(RowLookup):
 
     def forward(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> BagRows:
         """Find the rows; see the base class."""
-        hot = self._no_hot_rows if self.pool is None else self.pool.hot_rows()
         scaled = weights is not None or self.factors is not None
-        batch = remap(ids, offsets, self._tables, hot, with_source=scaled)
+        looked = self._look(ids, offsets, weights, with_source=scaled)
+        return self._bag_rows(looked, lambda grad: self._learn(grad, offsets, looked))
+
+    def unpooled(self, ids: Tensor, offsets: Tensor) -> BagRows:
+        """Find the rows of each id; see the base class."""
+        starts = feature_starts(offsets, self.num_features)  # the rows then come as the ids do
+        looked = self._look(ids, starts, None, with_source=True)
+        looked = looked._replace(found=by_id(looked.found, len(ids)))
+        samples = (offsets.numel() - 1) // self.num_features
+        return self._bag_rows(looked, lambda grad: self._learn_unpooled(grad, samples, looked))
+
+    def _look(
+        self, ids: Tensor, offsets: Tensor, weights: Tensor | None, *, with_source: bool
+    ) -> _Looked:
+        hot = self._no_hot_rows if self.pool is None else self.pool.hot_rows()
+        batch = remap(ids, offsets, self._tables, hot, with_source=with_source)
         found = Lookups(batch.rows, batch.offsets, batch.source)
         if hot.rows.second_rows_per_shard > 0:
             found = add_second_rows(batch, hot.rows)
@@ -227,25 +279,35 @@ class SharedRows(RowLookup):
             own = self.factors.of(batch)
             scales = own if weights is None else own * weights
         of_rows = None if scales is None else scales.index_select(0, found.source)
-        if self.factors is None and (self.pool is None or not self.training):
-            return BagRows(found.rows, found.offsets, of_rows)
-        looked = _Looked(batch, found, None if weights is None else weights.detach())
-        return BagRows(
-            found.rows, found.offsets, of_rows, lambda grad: self._learn(grad, offsets, looked)
-        )
+        given = None if weights is None else weights.detach()
+        return _Looked(batch, found, of_rows, given)
+
+    def _bag_rows(self, looked: _Looked, learn: Callable[[Tensor], None]) -> BagRows:
+        learns = self.factors is not None or (self.pool is not None and self.training)
+        rows, offsets, _ = looked.found
+        return BagRows(rows, offsets, looked.factors, learn if learns else None)
 
     def _learn(self, grad: Tensor, offsets: Tensor, looked: _Looked) -> None:
         if self.pool is not None and self.training:
             self.pool.learn(grad, offsets, looked.batch, looked.given)
+        self._learn_factors(grad, looked)
+
+    def _learn_unpooled(self, grad: Tensor, samples: int, looked: _Looked) -> None:
+        if self.pool is not None and self.training:
+            self.pool.learn_unpooled(grad, samples, looked.batch)
+        self._learn_factors(grad, looked)
+
+    def _learn_factors(self, grad: Tensor, looked: _Looked) -> None:
         if self.factors is not None:
             self.factors.learn(grad, looked.found, looked.batch, looked.given)
 
 
 class _Looked(NamedTuple):
-    """What was looked up, and the user's factor of each id."""
+    """What was looked up, the factor of each row, and the user's factor of each id."""
 
     batch: Remapped
     found: Lookups
+    factors: Tensor | None
     given: Tensor | None
 
 
@@ -258,3 +320,9 @@ class QuotientRemainderRows(RowLookup):
         found = quotient_remainder(ids, offsets, self._tables)
         factors = None if weights is None else weights[found.source]
         return BagRows(found.rows, found.offsets, factors)
+
+    def unpooled(self, ids: Tensor, offsets: Tensor) -> BagRows:
+        """Find the rows of each id; see the base class."""
+        starts = feature_starts(offsets, self.num_features)
+        found = by_id(quotient_remainder(ids, starts, self._tables), len(ids))
+        return BagRows(found.rows, found.offsets, None)
