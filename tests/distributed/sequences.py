@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_cafe as tc
 from tests.distributed import models
@@ -66,10 +66,9 @@ def all_of(
     return sharded(collection(**options), dict.fromkeys(SIZES, constraint), optimizer)
 
 
-def vectors(found: Any) -> Tensor:
-    """The vectors of all features, one after the other."""
-    of_features: list[JaggedTensor] = list(found.values())
-    return torch.cat([of_feature.values() for of_feature in of_features])
+def vectors(found: Any, batch: KeyedJaggedTensor) -> Tensor:
+    """The vectors of all ids of a batch, in their order: sharded collections have another."""
+    return torch.cat([found[key].values() for key in batch.keys()])  # noqa: SIM118  no mapping
 
 
 def learn(kind: str, sharding_type: str) -> dict[str, Tensor]:
@@ -82,7 +81,7 @@ def learn(kind: str, sharding_type: str) -> dict[str, Tensor]:
         found = model(batch)
         # TorchRec divides the gradient of model-parallel tables by the number of ranks.
         pull = (1 + batch.values() % 5).float()[:, None] * strength * world_size
-        (vectors(found) * pull).sum().backward()
+        (vectors(found, batch) * pull).sum().backward()
     return models.local_state(model)
 
 

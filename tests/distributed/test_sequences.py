@@ -69,7 +69,7 @@ def _looked_up() -> dict[str, float]:
                 for key in batch.keys():  # noqa: SIM118  it is no mapping
                     assert torch.equal(found[key].lengths(), batch[key].lengths())
                     assert torch.equal(found[key].weights(), batch[key].values())
-                sequences.vectors(found).pow(2).sum().backward()
+                sequences.vectors(found, batch).pow(2).sum().backward()
             furthest[f"{kind}, {sharding_type}"] = worst
             if kind == "factors":
                 (statistics,) = tc.pool_statistics(model).values() or [{"hot_occupancy": 1.0}]
@@ -102,9 +102,9 @@ def _whole(sharding_type: str) -> tuple[Tensor, Tensor]:
         plain.embeddings[name].weight.data.copy_(table.vectors(torch.arange(sizes[name])))
     found, expected = [], []
     for batch in models.batches(5, 16, sizes):
-        found.append(sequences.vectors(model(batch)))
+        found.append(sequences.vectors(model(batch), batch))
         (found[-1] ** 2).sum().backward()
-        expected.append(sequences.vectors(plain(batch)))
+        expected.append(sequences.vectors(plain(batch), batch))
         (expected[-1] ** 2).sum().backward()
         for weight in plain.parameters():
             assert weight.grad is not None
@@ -147,7 +147,7 @@ def _stock(*, ours: bool) -> tuple[str, dict[str, Tensor], Tensor]:
     )
     found = []
     for batch in models.batches(5, 24, sequences.SIZES):
-        found.append(sequences.vectors(model(batch)))
+        found.append(sequences.vectors(model(batch), batch))
         found[-1].pow(2).sum().backward()
     return type(model.module).__name__, models.local_state(model), torch.cat(found).detach()
 
@@ -252,19 +252,19 @@ def _odd_batches() -> dict[str, Any]:
     )
     before = models.local_state(model)
     found = model(empty)
-    sequences.vectors(found).sum().backward()
+    sequences.vectors(found, empty).sum().backward()
     after = models.local_state(model)
     # One rank has no samples, another some.
     (batch,) = models.batches(1, 8, sizes)
     mine = batch if dist.get_rank() == 0 else sequences.no_samples(keys)
     looked = model(mine)
-    some = sequences.vectors(looked)
+    some = sequences.vectors(looked, mine)
     some.sum().backward()
 
     model.eval()
     quiet = models.local_state(model)
     for batch in models.batches(2, 8, sizes):
-        sequences.vectors(model(batch)).sum().backward()
+        sequences.vectors(model(batch), batch).sum().backward()
     in_eval = models.local_state(model)
     return {
         "empty": [(tuple(v.values().shape), v.lengths().tolist()) for v in found.values()],
@@ -297,9 +297,9 @@ def _odd_ids() -> tuple[bool, list[str]]:
     model = sequences.sharded(sequences.collection(), dict.fromkeys(sequences.SIZES, strict))
     (batch,) = models.batches(1, 16, sequences.SIZES)
     keys, values, lengths = batch.keys(), batch.values(), batch.lengths()
-    wide = sequences.vectors(model(batch)).detach()
+    wide = sequences.vectors(model(batch), batch).detach()
     narrow = KeyedJaggedTensor(keys=keys, values=values.int(), lengths=lengths.int())
-    same = torch.equal(sequences.vectors(model(narrow)).detach(), wide)
+    same = torch.equal(sequences.vectors(model(narrow), narrow).detach(), wide)
     messages = []
     for bad in (
         KeyedJaggedTensor(keys=keys, values=values + 4999, lengths=lengths),
