@@ -15,6 +15,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEm
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -22,6 +23,7 @@ import torchrec_cafe as tc
 from tests.distributed import models, sequences, tasks
 from tests.distributed.ranks import run_ranks
 from torchrec_cafe.ops import MEDIUM
+from torchrec_cafe.tables.hot_rows import NORM_DECAY
 
 ROWWISE = EmbOptimType.EXACT_ROWWISE_ADAGRAD
 
@@ -163,6 +165,42 @@ def test_a_collection_without_kinds_is_torchrecs_bit_for_bit(tmp_path: Path):
         for name, value in torchrecs[1].items():
             assert torch.equal(ours[1][name], value), name
         assert torch.equal(ours[2], torchrecs[2])
+
+
+def _shared_table(sharding_type: str) -> None:
+    """A table that two features look into, as histories and candidates do."""
+    module = sequences.collection({"t_big": 5000, "t_small": 12})
+    module.embedding_configs()[0].feature_names.append("f_candidate")
+    module = EmbeddingCollection(tables=module.embedding_configs(), device=torch.device("meta"))
+    constraint = tc.ParameterConstraints(
+        table=models.KINDS["factors"], sharding_types=[sharding_type]
+    )
+    model = sequences.sharded(module, dict.fromkeys(sequences.SIZES, constraint))
+    seen = 0.0
+    for batch in models.batches(10, 24, sequences.SIZES):
+        history, other = batch["f_big"], batch["f_small"]
+        twice = KeyedJaggedTensor(
+            keys=["f_candidate", "f_small", "f_big"],
+            values=torch.cat([history.values(), other.values(), history.values()]),
+            lengths=torch.cat([history.lengths(), other.lengths(), history.lengths()]),
+        )
+        found = model(twice)
+        assert torch.equal(found["f_big"].values(), found["f_candidate"].values())
+        sequences.vectors(found, twice).pow(2).sum().backward()
+        seen = NORM_DECAY * seen + 2 * len(history.values())
+    # Both features' ids count, wherever their shards are.
+    counted = sum(
+        float(pool.state_tensors()["sketch_norms"][:, 0, 1].sum()) for pool in models.pools(model)
+    )
+    totals = torch.tensor([seen, counted], dtype=torch.float64)
+    dist.all_reduce(totals)
+    torch.testing.assert_close(totals[0], totals[1])
+
+
+def test_features_of_one_table_share_its_rows(tmp_path: Path):
+    run_ranks(1, tmp_path / "alone", _shared_table, "row_wise")
+    run_ranks(2, tmp_path / "row_wise", _shared_table, "row_wise")
+    run_ranks(2, tmp_path / "table_wise", _shared_table, "table_wise")
 
 
 class Ranking(nn.Module):

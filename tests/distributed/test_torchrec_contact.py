@@ -6,21 +6,28 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torchrec.distributed.embedding_lookup import GroupedPooledEmbeddingsLookup
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.embedding_lookup import (
+    GroupedEmbeddingsLookup,
+    GroupedPooledEmbeddingsLookup,
+)
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
 from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import (
     RwPooledEmbeddingSharding,
     RwSparseFeaturesDist,
 )
+from torchrec.distributed.sharding.tw_sequence_sharding import TwSequenceEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
 from torchrec.distributed.sharding.twrw_sharding import TwRwPooledEmbeddingSharding
 from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.runtime_forwards import PrefetchPipelinedForward
 
+from tests.distributed import sequences
 from torchrec_cafe.distributed import _torchrec
 from torchrec_cafe.distributed.dense_source import DenseSource, RowRangeReader
 from torchrec_cafe.tables import RowRangeTBE
@@ -76,6 +83,28 @@ def test_methods_that_we_override_are_called():
     assert "self._create_embedding_kernel(" in source(GroupedPooledEmbeddingsLookup.__init__)
     assert "self.plan," in source(EmbeddingShardingPlanner.collective_plan)
     assert "split_optimizer_states()" in source(RowRangeTBE.get_optimizer_state)
+
+
+def test_sequences_do_what_ours_rely_on():
+    sharded = source(ShardedEmbeddingCollection.__init__)
+    assert "self._embedding_configs" in sharded
+    assert "self.create_grouped_sharding_infos(" in sharded
+    assert "self.create_embedding_sharding(" in sharded
+    assert "self._create_embedding_kernel(" in source(GroupedEmbeddingsLookup.__init__)
+    assert "config, pg, device" in source(GroupedEmbeddingsLookup.__init__)
+    for sharding in (RwSequenceEmbeddingSharding, TwSequenceEmbeddingSharding):
+        assert "grouped_configs=self._grouped_embedding_configs" in source(sharding.create_lookup)
+    assert "is_sequence=True" in source(RwSequenceEmbeddingSharding.create_input_dist)
+    assert "isinstance(input_dist, RwSparseFeaturesDist)" in source(
+        ShardedEmbeddingCollection.input_dist
+    )
+    assert "self._use_index_dedup" in source(EmbeddingCollectionSharder.__init__)
+    assert "lookup.flush()" in source(ShardedEmbeddingCollection)
+    assert "lookup.purge()" in source(ShardedEmbeddingCollection)
+    collection = sequences.collection(need_indices=True)
+    options = _torchrec.sequence_options(collection)
+    assert options["need_indices"] is True
+    assert set(options) < set(dir(collection))
 
 
 def test_fused_params_reach_the_kernel():
