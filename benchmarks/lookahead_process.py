@@ -38,7 +38,7 @@ import torchrec_cafe as tc
 from benchmarks.common import zipf_ids
 from benchmarks.page_cache import MemoryGroup
 from examples.dlrm.memory import keep_freed_pages
-from examples.dlrm.train import quieten
+from examples.process import quieten
 from torchrec_cafe.distributed import ShardedCompressedEmbeddingBagCollection
 
 NUM_DENSE = 13

@@ -41,7 +41,7 @@ from tqdm import tqdm
 import torchrec_cafe as tc
 from benchmarks.common import Row, print_rows, write_json, zipf_ids
 from examples.dlrm.memory import keep_freed_pages
-from examples.dlrm.train import quieten
+from examples.process import quieten
 
 WORLD_SIZE = 2
 NUM_TABLES = 26

@@ -28,7 +28,7 @@ from examples.dlrm.loop import run as train
 from examples.dlrm.memory import keep_freed_pages
 from examples.dlrm.model import check_budgets, table_shapes
 from examples.dlrm.report import command_output
-from examples.dlrm.train import quieten
+from examples.process import quieten
 
 BATCH_SIZE = 8192
 #: what a record says: trained, refused because the budget is too small, or failed

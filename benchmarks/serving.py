@@ -31,7 +31,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import torchrec_cafe as tc
 from benchmarks.common import Row, print_rows, write_json, zipf_ids
 from examples.dlrm.memory import keep_freed_pages
-from examples.dlrm.train import quieten
+from examples.process import quieten
 
 NUM_TABLES, NUM_IDS, DIM, BATCH = 8, 1_000_000, 16, 2048
 DENSE_MB = NUM_TABLES * NUM_IDS * DIM * 4 / 1e6

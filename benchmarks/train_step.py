@@ -63,7 +63,7 @@ from benchmarks.train_step_data import (
 from benchmarks.train_step_parts import measure_parts, parts_rows, parts_table
 from examples.dlrm.data.generator import NUM_EMBEDDINGS
 from examples.dlrm.memory import keep_freed_pages
-from examples.dlrm.train import quieten
+from examples.process import quieten
 
 #: a kind of table; none: TorchRec's own
 Table = tc.Hash | tc.Cafe | tc.MemRec | None

@@ -23,6 +23,7 @@ from examples.dlrm.checkpoints import RunCheckpoints
 from examples.dlrm.config import EXACT_KINDS, TrainConfig
 from examples.dlrm.data import BatchLoader, ClickLog
 from examples.dlrm.model import constraints, shard
+from examples.process import device as this_device
 
 #: steps before the clock starts: first calls allocate and warm up
 WARM_UP_STEPS = 10
@@ -76,7 +77,7 @@ def run(
         tables: how each table is kept; as ``kind`` says by default.
         on_step: called before each training step with its number and the model.
     """
-    device = _device()
+    device = this_device()
     torch.manual_seed(seed)
     if tables is None:
         tables = constraints(config, log, kind, compression)
@@ -100,12 +101,6 @@ def run(
         embedding_bytes=int(resident),
         samples_per_second=speed,
     )
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _loader(config: TrainConfig, log: ClickLog, *, train: bool) -> BatchLoader:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from examples.dlrm.config import parse_args
 from examples.dlrm.model import check_budgets
-from examples.dlrm.train import ERROR_STATUS, load, quieten
+from examples.dlrm.train import load
+from examples.process import run_main
 
 
 def prepare(arguments: Sequence[str] | None = None) -> None:
@@ -33,13 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: command line without the program; ``None`` reads the process's own.
     """
-    quieten()
-    try:
-        prepare(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ERROR_STATUS
-    return 0
+    return run_main(lambda: prepare(arguments))
 
 
 if __name__ == "__main__":

@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from torchrec.distributed.planner.types import PlannerError
 
 from examples.dlrm import report
 from examples.dlrm.config import EXACT_KINDS, TrainConfig, parse_args
 from examples.dlrm.data import ClickLog, load_click_log
 from examples.dlrm.loop import Result, run
-from examples.dlrm.memory import keep_freed_pages
 from examples.dlrm.model import check_budgets
-
-#: exit status after an error that is the caller's to mend
-ERROR_STATUS = 2
+from examples.process import rank, run_main, start
 
 
 def load(config: TrainConfig) -> ClickLog:
@@ -44,35 +36,8 @@ def load(config: TrainConfig) -> ClickLog:
         cache_dir=Path(config.cache_dir),
         sample=None if config.full else config.sample,
         num_embeddings_per_feature=config.num_embeddings or None,
-        progress=_rank() == 0,
+        progress=rank() == 0,
     )
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _start() -> None:
-    """Join the process group, with this rank's share of the cores."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
-    keep_freed_pages()
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_cuda else "gloo")
-
-
-def quieten() -> None:
-    """Keep other packages' notices from burying the progress bars."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger("torchrec").setLevel(logging.ERROR)
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    logging.getLogger().setLevel(logging.ERROR)
 
 
 def train(config: TrainConfig) -> list[Result]:
@@ -87,7 +52,7 @@ def train(config: TrainConfig) -> list[Result]:
     """
     log = load(config)
     check_budgets(config, log)
-    _start()
+    start()
     if dist.get_rank() == 0:
         print(json.dumps(dataclasses.asdict(config)))
         print(
@@ -111,21 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: command line without the program; ``None`` reads the process's own.
     """
-    quieten()
-    try:
-        train(parse_args(arguments))
-    except (ValueError, OSError, PlannerError) as error:
-        if _rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return ERROR_STATUS
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    if dist.is_initialized():
-        dist.barrier()
-        # gloo's teardown may abort after all is done, and turn success into failure.
-        os._exit(0)
-    return 0
+    return run_main(lambda: train(parse_args(arguments)))
 
 
 if __name__ == "__main__":
