@@ -205,6 +205,10 @@ class HotRowPool(nn.Module, ShardedState):
             grad: ``[N, D]``, gradient of the ids' vectors.
             samples: of the whole batch.
             batch: what was looked up.
+
+        Note:
+            Deterministic for any number of ranks; on CUDA up to the order in which the norms of a
+            table are added up.
         """
         if self.layout.shards_held > 0:
             importance = torch.ones_like(batch.keys, dtype=torch.float32)
