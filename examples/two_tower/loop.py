@@ -208,9 +208,21 @@ def _evaluate(
             _, (_, queries, _) = model(batches.of_purchases(places[mine]).to(model.device))
             scores = queries @ candidates.t()
             bought = scores.gather(1, targets[mine].unsqueeze(1))
-            ranks[part] = _gathered((scores > bought).sum(1), len(part))
+            ranks[part] = _gathered(products_before(scores, bought), len(part))
             bar.update(len(part))
     return ranks.cpu()
+
+
+def products_before(scores: Tensor, bought: Tensor) -> Tensor:
+    """How many products come before the one that was bought, int64 ``[Q]``.
+
+    Products that share all rows have the same score: half of them come before.
+
+    Args:
+        scores: ``[Q, P]``.
+        bought: ``[Q, 1]``, the score of the product that was bought.
+    """
+    return (scores > bought).sum(1) + ((scores == bought).sum(1) - 1) // 2
 
 
 def _parts(

@@ -15,7 +15,7 @@ import torch
 
 from examples.two_tower.batches import BAGS, BatchMaker
 from examples.two_tower.config import parse_args
-from examples.two_tower.loop import recall
+from examples.two_tower.loop import products_before, recall
 from examples.two_tower.model import attend, check_budgets
 from examples.two_tower.purchases import Purchases, prepare_purchases, write_purchases
 
@@ -110,6 +110,8 @@ def test_attention_passes_over_what_is_not_there():
 
 
 def test_recall_counts_products_before_the_one_that_was_bought():
+    scores = torch.tensor([[3.0, 1.0, 2.0, 2.0, 2.0], [5.0, 1.0, 0.0, 0.0, 0.0]])
+    assert products_before(scores, torch.tensor([[2.0], [5.0]])).tolist() == [2, 0]
     assert recall(torch.tensor([0, 1, 30, 4000]))[10] == 0.5
 
 
