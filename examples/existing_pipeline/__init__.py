@@ -1,0 +1,1 @@
+"""A TorchRec training as it was, and the same with compressed tables."""

@@ -1,0 +1,1 @@
+"""Jobs as TorchX starts them, and specs that it prints."""
