@@ -22,7 +22,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 import torchrec_cafe as tc
 from examples.clicks import click_log
 from examples.dlrm.data.click_log import BatchLoader, Split
-from examples.dlrm.train import quieten
+from examples.process import quieten
 from examples.existing_pipeline.after import build_model, shard
 
 #: samples that predictions are compared on

@@ -18,7 +18,7 @@ from torchrec.fx import symbolic_trace
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import torchrec_cafe as tc
-from examples.dlrm.train import quieten
+from examples.process import quieten
 from torchrec_cafe.config.text import as_text
 
 #: What a prediction with exact rows may differ by from the trained model's.
