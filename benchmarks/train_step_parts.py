@@ -5,13 +5,12 @@ What a part is, :mod:`examples.dlrm.step_parts` says.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
 from benchmarks.common import Row
-from examples.dlrm.step_parts import profile_parts
+from examples.dlrm.step_parts import median_parts, profile_parts
 from torchrec_cafe.config.text import as_text
 
 
@@ -33,12 +32,10 @@ def measure_parts(
     for number in tqdm(range(rounds), desc="parts", unit="round", leave=False):
         for kind in list(steps)[:: 1 if number % 2 else -1]:
             turns[kind].append(profile_parts(steps[kind], steps_per_turn))
+    medians = {kind: median_parts(of_kind) for kind, of_kind in turns.items()}
     parts = {
-        part: {
-            kind: statistics.median(turn.get(part, 0.0) for turn in of_kind)
-            for kind, of_kind in turns.items()
-        }
-        for part in {part for of_kind in turns.values() for turn in of_kind for part in turn}
+        part: {kind: of_kind.get(part, 0.0) for kind, of_kind in medians.items()}
+        for part in {part for of_kind in medians.values() for part in of_kind}
     }
     return dict(sorted(parts.items(), key=lambda item: item[1][baseline] - max(item[1].values())))
 

@@ -60,26 +60,23 @@ class RunCheckpoints:
         Raises:
             ValueError: if it is of another model, naming the tables.
         """
-        step = 0
-        if self._manager.latest() is not None:
-            self._optimizer.init_state()
-            step = self._manager.load(self._state)
+        step = self.load_trained() if self._manager.latest() is not None else 0
         if self._early is not None:
             self._forget_after(self._early.best_step)
         return step
 
-    def load_trained(self) -> tuple[int, float]:
-        """Load the model alone, for its predictions.
+    def load_trained(self) -> int:
+        """Load the last complete checkpoint.
 
         Returns:
-            Steps that had been trained, and samples per second; 0 if training was not through.
+            Steps that have been trained.
 
         Raises:
-            FileNotFoundError: if there is no complete checkpoint.
+            FileNotFoundError: if there is none.
             ValueError: if it is of another model, naming the tables.
         """
-        state = {name: self._state[name] for name in ("model", _SPEED)}
-        return self._manager.load(state), state[_SPEED]
+        self._optimizer.init_state()
+        return self._manager.load(self._state)
 
     def load_best(self) -> int:
         """Load the model as it was at the best validation.

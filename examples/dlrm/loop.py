@@ -26,7 +26,7 @@ from examples.dlrm.early_stopping import EarlyStopping
 from examples.dlrm.evaluation import evaluate, progress_bar
 from examples.dlrm.model import constraints, memory_of, shard
 from examples.dlrm.scalars import Scalars, scalars_folder
-from examples.dlrm.step_parts import profile_parts
+from examples.dlrm.step_parts import median_parts, profile_parts
 
 #: steps before the clock starts: first calls allocate and warm up
 WARM_UP_STEPS = 10
@@ -189,8 +189,7 @@ class Training:
             self._speed = self._saved.samples_per_second if self._saved is not None else 0.0
         else:
             self._train(loader, begin, steps, on_step)
-        if self._saved is not None and self._early is not None and self._early.best_step:
-            self._step, self._tested = self._saved.load_best(), "best"
+        self._load_best()
 
     def restore(self) -> None:
         """Load what :meth:`train` would test, without training; needs ``config.checkpoint_dir``.
@@ -200,9 +199,9 @@ class Training:
             FileNotFoundError: if there is no complete checkpoint.
         """
         assert self._saved is not None
-        self._step, self._speed = self._saved.load_trained()
-        if self._early is not None:
-            self._step, self._tested = self._saved.load_best(), "best"
+        self._step = self._saved.load_trained()
+        self._speed = self._saved.samples_per_second
+        self._load_best()
 
     def test(self) -> Result:
         """Evaluate on the test split."""
@@ -227,18 +226,23 @@ class Training:
             steps: how many to take apart, after a few that warm up.
 
         Returns:
-            By part of the step, milliseconds of the host; see :mod:`examples.dlrm.step_parts`.
+            By part of the step, median milliseconds of the host; see
+            :mod:`examples.dlrm.step_parts`.
         """
         loader = self._loader(self._log.train)
-        warm_up = 3
-        batches = self._batches(loader, 0, warm_up + steps)
+        batches = self._batches(loader, 0, WARM_UP_STEPS + steps)
         pipeline = self._pipeline()
         self._model.train()
-        for _ in range(warm_up):
+        for _ in range(WARM_UP_STEPS):
             pipeline.progress(batches)
-        parts = profile_parts(lambda: pipeline.progress(batches), steps)
+        taken = [profile_parts(lambda: pipeline.progress(batches), 1) for _ in range(steps)]
         pipeline.detach()
-        return parts
+        return median_parts(taken)
+
+    def _load_best(self) -> None:
+        """Go back to the best validation, if there was one and it is saved."""
+        if self._saved is not None and self._early is not None and self._early.best_step:
+            self._step, self._tested = self._saved.load_best(), "best"
 
     @property
     def _stopped(self) -> bool:

@@ -257,7 +257,7 @@ def _traces(config: TrainConfig, results: Sequence[Result]) -> list[plots.Trace]
         for result in group:
             label = Case(result.kind, result.compression, result.seed).label(config)
             folder = scalars_folder(config.out, label)
-            shares, moves = (read_scalars(folder, s) for s in ("hot_share", "promotions"))
+            shares, moves = (read_scalars(folder, s) for s in ("hot_share", "promoted"))
             for number, pool in enumerate(shares):
                 found.append(
                     plots.Trace(

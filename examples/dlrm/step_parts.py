@@ -9,8 +9,9 @@ waits.
 from __future__ import annotations
 
 import os
+import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch.profiler import ProfilerActivity, profile
 
@@ -119,6 +120,16 @@ def profile_parts(step: Callable[[], object], steps: int) -> dict[str, float]:
         if not names[-1].startswith(_ELSEWHERE):
             parts[_part_of(names)] += event.self_cpu_time_total / 1e3 / steps
     return dict(parts)
+
+
+def median_parts(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Medians of each part.
+
+    Args:
+        turns: of :func:`profile_parts`; a part that a turn lacks took no time in it.
+    """
+    parts = dict.fromkeys(part for turn in turns for part in turn)
+    return {part: statistics.median(turn.get(part, 0.0) for turn in turns) for part in parts}
 
 
 def by_purpose(parts: Mapping[str, float]) -> dict[str, float]:

@@ -143,7 +143,7 @@ def run_command(command: Callable[[], object]) -> int:
         command()
     except (ValueError, OSError, PlannerError) as error:
         if _rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return ERROR_STATUS
     finally:
         sys.stdout.flush()

@@ -272,6 +272,7 @@ def test_table_gives_means_and_what_is_won_back():
             seed=seed,
             auc=auc,
             log_loss=0.1,
+            normalized_entropy=0.9,
             embedding_bytes=1000,
             samples_per_second=1,
         )
