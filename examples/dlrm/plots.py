@@ -21,7 +21,8 @@ from examples.dlrm.step_parts import PURPOSES
 #: writes a picture
 Picture = Callable[[Path], object]
 
-_COLOURS = {kind: plt.get_cmap("tab10")(number) for number, kind in enumerate(KINDS)}
+#: of each kind, in every plot
+COLOURS = {kind: plt.get_cmap("tab10")(number) for number, kind in enumerate(KINDS)}
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -70,10 +71,10 @@ def auc_by_bytes(results: Sequence[Result], description: str) -> Picture:
         aucs = [statistics.fmean(group) for group in groups]
         spreads = [statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups]
         mib = [size / 2**20 for size in sizes]
-        style = {"marker": "o", "capsize": 3, "color": _COLOURS[kind], "label": kind}
+        style = {"marker": "o", "capsize": 3, "color": COLOURS[kind], "label": kind}
         axes.errorbar(mib, aucs, yerr=spreads, **style)
         if kind == "full":
-            axes.axhline(aucs[0], color=_COLOURS[kind], linewidth=0.8, linestyle=":")
+            axes.axhline(aucs[0], color=COLOURS[kind], linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_xlabel("embedding MiB (weights, sketches, maps)")
     axes.set_ylabel("test AUC")
@@ -99,7 +100,7 @@ def hot_share(traces: Sequence[Trace]) -> Picture | None:
     )
     labelled: set[str] = set()
     for trace in traces:
-        colour = _COLOURS[trace.kind]
+        colour = COLOURS[trace.kind]
         style = {"color": colour, "linestyle": _STYLES[trace.number % len(_STYLES)]}
         label = "" if trace.name in labelled else trace.name  # once for all seeds
         labelled.add(trace.name)

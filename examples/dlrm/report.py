@@ -193,14 +193,13 @@ def as_markdown(report: dict[str, Any], results: Sequence[Result], drawn: Set[st
     """
     samples, epochs = report["samples"], report["epochs"]
     held_out = f"{samples['validation']:,} validation and " if samples["validation"] else ""
-    best = any(result.tested == "best" for result in results)
     lines = [
         "# DLRM: ways of keeping its tables",
         "",
         f"Data: {report['data']}. {samples['train']:,} training samples in order of time, "
         f"{'one epoch' if epochs == 1 else f'{epochs} epochs'}; {held_out}{samples['test']:,} test "
         f"samples after them. Seeds: {', '.join(map(str, report['seeds']))}. Tested: "
-        f"{_tested(results) if best else 'the last state of each training'}.",
+        f"{_tested(results)}.",
         "",
         *_as_table(table(results)),
         "",
@@ -234,14 +233,16 @@ def as_markdown(report: dict[str, Any], results: Sequence[Result], drawn: Set[st
 
 
 def _tested(results: Sequence[Result]) -> str:
-    """Which states were tested, where some are the best of their validations."""
-    named = [
-        f"{name} {result.tested} (step {result.tested_step:,}"
+    """Which states were tested."""
+    if all(result.tested == "last" for result in results):
+        return "the last state of each training"
+    states = {"last": "its last", "best": "the best of its validations"}
+    return ", ".join(
+        f"{name} {states[result.tested]} (step {result.tested_step:,}"
         + (f", seed {result.seed})" if len(group) > 1 else ")")
         for name, group in _names(results).items()
         for result in group
-    ]
-    return "the state of the best validation: " + ", ".join(named)
+    )
 
 
 def _as_table(rows: Sequence[Sequence[str]]) -> list[str]:
