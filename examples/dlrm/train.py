@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,17 +56,19 @@ def _rank() -> int:
 
 def start() -> None:
     """Join the process group, with this rank's share of the cores."""
+    # A process that nothing has launched is alone, and needs no port, which may be taken.
+    alone: dict[str, Any] = {}
+    if "RANK" not in os.environ:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
     keep_freed_pages()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    dist.init_process_group("nccl" if on_cuda else "gloo", **alone)
 
 
 def quieten() -> None:
@@ -143,7 +146,8 @@ def run_command(command: Callable[[], object]) -> int:
         command()
     except (ValueError, OSError, PlannerError) as error:
         if _rank() == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            first, *others = (line.strip() for line in str(error).splitlines() or [""])
+            print(f"error: {' '.join([first, '; '.join(others)]).strip()}", file=sys.stderr)
         return ERROR_STATUS
     finally:
         sys.stdout.flush()
