@@ -85,10 +85,11 @@ class RunCheckpoints:
             Steps that had been trained.
 
         Raises:
-            FileNotFoundError: if no complete one was saved.
+            FileNotFoundError: if it is not there as a whole.
             ValueError: if it is of another model, naming the tables.
         """
-        return self._best.load({"model": self._state["model"]})
+        assert self._early is not None
+        return self._best.load({"model": self._state["model"]}, self._early.best_step)
 
     def save_best(self, step: int) -> None:
         """Save the model as the best so far, in place of the one before.

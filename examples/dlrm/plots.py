@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from examples.dlrm.config import KINDS
 from examples.dlrm.loop import Result
@@ -33,14 +35,12 @@ class Trace:
     Attributes:
         name: of the training, for the legend.
         kind: of the tables.
-        number: of the pool among those of the training.
         hot_share: samples trained and share of the lookups that went to hot rows.
         promotions: samples trained and promotions so far.
     """
 
     name: str
     kind: str
-    number: int
     hot_share: Sequence[tuple[int, float]]
     promotions: Sequence[tuple[int, float]]
 
@@ -98,21 +98,23 @@ def hot_share(traces: Sequence[Trace]) -> Picture | None:
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(7, 5.5), sharex=True, constrained_layout=True, height_ratios=(3, 2)
     )
-    labelled: set[str] = set()
+    names: defaultdict[str, list[str]] = defaultdict(list)  # by kind
     for trace in traces:
-        colour = COLOURS[trace.kind]
-        style = {"color": colour, "linestyle": _STYLES[trace.number % len(_STYLES)]}
-        label = "" if trace.name in labelled else trace.name  # once for all seeds
-        labelled.add(trace.name)
+        of_kind = names[trace.kind]
+        label = "" if trace.name in of_kind else trace.name  # once for all seeds
+        of_kind += [label] if label else []
+        number = of_kind.index(trace.name)
+        style = {"color": COLOURS[trace.kind], "linestyle": _STYLES[number % len(_STYLES)]}
         above.plot(*_columns(trace.hot_share), label=label, **style)
         below.plot(*_columns(_rates(trace.promotions)), **style)
     above.set_ylabel("share of lookups\nthat go to hot rows")
     above.set_ylim(bottom=0)
-    above.legend(fontsize=8)
+    handles = above.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=4, fontsize=8)
     below.set_ylabel("promotions per\n1000 samples")
     below.set_ylim(bottom=0)
     below.set_xlabel("samples trained")
-    below.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    below.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (above, below):
         axes.grid(alpha=0.3)
     return _picture(figure)

@@ -259,12 +259,11 @@ def _traces(config: TrainConfig, results: Sequence[Result]) -> list[plots.Trace]
             label = Case(result.kind, result.compression, result.seed).label(config)
             folder = scalars_folder(config.out, label)
             shares, moves = (read_scalars(folder, s) for s in ("hot_share", "promoted"))
-            for number, pool in enumerate(shares):
+            for pool in shares:
                 found.append(
                     plots.Trace(
                         name if len(shares) == 1 else f"{name}, {pool}",
                         result.kind,
-                        number,
                         shares[pool],
                         moves.get(pool, []),
                     )

@@ -21,7 +21,7 @@ COMMANDS = re.findall(r"^    (python -m examples\.dlrm\..*)$", DOCS, re.MULTILIN
 def run(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """A command of the docs, in a folder of its own; flags that come last count."""
     _, *arguments = shlex.split(command)
-    small = ("--full", "--cache_dir", "cache", "--batch_size", "32", "--profile_steps", "2")
+    small = ("--full", "--cache_dir", "cache", "--batch_size", "128", "--profile_steps", "2")
     if "--data" not in arguments:
         small += ("--data", "path/to/train.txt")
     return subprocess.run(

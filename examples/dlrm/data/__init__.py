@@ -41,7 +41,8 @@ def load_click_log(
 
     Args:
         source: ``"promotions"``, ``"generator"``, ``"generator_drift"``, or a path: Criteo's
-            ``train.txt``, one ``day_*`` file, or a folder with either.
+            ``train.txt``, one ``day_*`` file, or a folder with either or with TorchRec's ``npy``
+            files of them.
         cache_dir: where prepared data is kept; :func:`default_cache_dir` by default.
         sample: about how many rows to keep in all, see :func:`sample_click_log`; all by default.
         num_embeddings_per_feature: see :func:`prepare_criteo`; for a path only.
