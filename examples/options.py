@@ -13,14 +13,15 @@ from typing import IO, Any, NoReturn, TypeVar
 T = TypeVar("T")
 
 
-def option(default: Any, text: str) -> Any:
+def option(default: Any, text: str, *aliases: str) -> Any:
     """A field of options.
 
     Args:
         default: of the flag.
         text: what ``--help`` says.
+        aliases: other names of the flag.
     """
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text, "aliases": aliases})
 
 
 def check_choice(name: str, values: Iterable[str], choices: Sequence[str]) -> None:
@@ -209,6 +210,8 @@ def parse(
             )
         parser.add_argument(
             f"--{of_field.name}",
+            *(f"--{alias}" for alias in of_field.metadata["aliases"]),
+            dest=of_field.name,
             type=_parser_of(str(of_field.type)),
             default=of_field.default,
             metavar=of_field.name.upper(),

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,17 +26,19 @@ def rank() -> int:
 
 def start() -> None:
     """Join the process group, with this rank's share of the cores."""
+    # A process that nothing has launched is alone, and needs no port, which may be taken.
+    alone: dict[str, Any] = {}
+    if "RANK" not in os.environ:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
     keep_freed_pages()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_cuda else "gloo")
+    dist.init_process_group("nccl" if on_cuda else "gloo", **alone)
 
 
 def device() -> torch.device:
@@ -64,7 +67,8 @@ def run_main(work: Callable[[], object]) -> int:
         work()
     except (ValueError, OSError, PlannerError) as error:
         if rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+            first, *others = (line.strip() for line in str(error).splitlines() or [""])
+            print(f"error: {' '.join([first, '; '.join(others)]).strip()}", file=sys.stderr)
         return ERROR_STATUS
     finally:
         sys.stdout.flush()

@@ -28,14 +28,22 @@ KINDS = (
     "cafe_single_level",
     "mem_rec",
     "lookahead",
+    "custom",
 )
 #: kinds that keep every row exact
 EXACT_KINDS = ("full", "lookahead")
+#: tables as the file of ``--tables`` has them
+CUSTOM = "custom"
+#: kinds that ``--compression`` says nothing about
+UNCOMPRESSED_KINDS = (*EXACT_KINDS, CUSTOM)
 DEFAULT_KINDS = ("full", "hash", "cafe")
 ARCHITECTURES = ("dlrm", "dcn")
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 
-_MAY_BE_ZERO = ("max_steps", "num_embeddings", "checkpoint_every")
+_MAY_BE_ZERO = (
+    *("max_steps", "num_embeddings", "checkpoint_every"),
+    *("validate_every", "early_stopping", "profile_steps"),
+)
 
 _EPILOG = """on a laptop:  torchx run -s local_cwd torchx_components/dlrm.py:train
 everything:   torchx run -s local_cwd torchx_components/dlrm.py:train --full
@@ -47,13 +55,16 @@ class TrainConfig:
     """Options of a run; see ``--help`` for what each means."""
 
     data: str = option(
-        "promotions", "promotions, generator, generator_drift, or a path to Criteo's tsv"
+        "promotions", "promotions, generator, generator_drift, or a path to Criteo's tsv or npy"
     )
     cache_dir: str = option(".cache", "where prepared data sets are kept")
     sample: int = option(2_000_000, "about how many samples to use, train and test together")
     full: bool = option(default=False, text="use every sample")
     kinds: tuple[str, ...] = option(
-        DEFAULT_KINDS, f"tables to train in turn, of {', '.join(KINDS)}"
+        DEFAULT_KINDS, f"tables to train in turn, of {', '.join(KINDS)}", "table_kind"
+    )
+    tables: str = option(
+        "", "YAML file that says how each table is kept, as kind custom; empty: none"
     )
     compression: tuple[float, ...] = option((100.0,), "dense bytes / bytes of compressed tables")
     cafe: tuple[str, ...] = option((), "arguments of Cafe, as NAME=VALUE,NAME=VALUE")
@@ -70,12 +81,22 @@ class TrainConfig:
     seed: tuple[int, ...] = option((0,), "one training for each; the report gives their mean")
     epochs: int = option(1, "how often to go through the training samples, in order")
     max_steps: int = option(0, "stop each training after so many steps; 0: never")
+    validate_every: int = option(
+        0, "steps between two validations, on the last training samples; 0: train on those, too"
+    )
+    validation_share: float = option(
+        0.1, "share of the training samples to validate on, the last in time"
+    )
+    early_stopping: int = option(
+        0, "stop after so many validations without a lower log-loss, and test the best; 0: never"
+    )
     num_embeddings: int = option(0, "most ids of a feature of Criteo's; 0: the data set's default")
     checkpoint_dir: str = option(
         "", "where to save each training (DCP), and go on with it if it is there; empty: nowhere"
     )
     checkpoint_every: int = option(0, "steps between two saves; 0: only at the end")
-    out: str = option("runs/latest", "folder of the report, the plot and TensorBoard's scalars")
+    profile_steps: int = option(10, "steps to take apart for the report, after the test; 0: none")
+    out: str = option("runs/latest", "folder of the report, the plots and TensorBoard's scalars")
 
     def __post_init__(self) -> None:
         """Check what argparse cannot.
@@ -97,9 +118,28 @@ class TrainConfig:
             raise ValueError(f"--over_arch needs layers of at least 1, got {self.over_arch}")
         if not self.seed or not self.compression:
             raise ValueError("--seed and --compression need at least one value")
+        self._check_tables()
+        self._check_validation()
         self.cafe_arguments()
         self.mem_rec_arguments()
         self.lookahead_arguments()
+
+    def _check_tables(self) -> None:
+        if self.tables and CUSTOM not in self.kinds:
+            object.__setattr__(self, "kinds", (*self.kinds, CUSTOM))
+        if not self.tables and CUSTOM in self.kinds:
+            raise ValueError(f"--kinds {CUSTOM} needs --tables, a YAML file; see docs/dlrm.md")
+
+    def _check_validation(self) -> None:
+        if not 0 < self.validation_share < 1:
+            raise ValueError(
+                f"--validation_share must be above 0 and below 1, got {self.validation_share:g}"
+            )
+        if self.early_stopping and not self.validate_every:
+            raise ValueError(
+                f"--early_stopping {self.early_stopping} needs --validate_every, the number of "
+                "steps between two validations"
+            )
 
     def cafe_arguments(self) -> dict[str, Any]:
         """The arguments of Cafe that ``--cafe`` gives, by name.
@@ -126,11 +166,18 @@ class TrainConfig:
         return kind_arguments("--lookahead", Lookahead, self.lookahead)
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> TrainConfig:
+def parse_args(
+    arguments: Sequence[str] | None = None,
+    *,
+    program: str = "examples.dlrm.train",
+    description: str = "Train a TorchRec DLRM with full, hashed and CAFE tables, and compare.",
+) -> TrainConfig:
     """Read the options.
 
     Args:
         arguments: command line without the program; ``None`` reads the process's own.
+        program: for the help.
+        description: for the help.
 
     Raises:
         ValueError: if an option is unknown, cannot be read, or is out of range.
@@ -138,7 +185,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> TrainConfig:
     return parse(
         TrainConfig,
         arguments,
-        prog="examples.dlrm.train",
-        description="Train a TorchRec DLRM with full, hashed and CAFE tables, and compare.",
+        prog=program,
+        description=description,
         epilog=_EPILOG,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +22,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 
 import torchrec_cafe as tc
-from examples.dlrm.config import EXACT_KINDS, TrainConfig
+from examples.dlrm.config import CUSTOM, EXACT_KINDS, TrainConfig
 from examples.dlrm.data import ClickLog
-from torchrec_cafe.config import TableShape
+from examples.dlrm.tables_file import read_table_constraints
+from torchrec_cafe.config import TableKind, TableShape
 
 _OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -41,6 +45,8 @@ def constraints(
         kind: of :data:`examples.dlrm.config.KINDS`.
         compression: of the compressed kinds.
     """
+    if kind == CUSTOM:
+        return read_table_constraints(Path(config.tables), table_shapes(config, log))
     cafe = config.cafe_arguments()
     single_level: dict[str, Any] = cafe | {"medium_fraction": 0.0}
     kinds: dict[str, Callable[[], Any]] = {
@@ -80,6 +86,36 @@ def table_shapes(config: TrainConfig, log: ClickLog) -> list[TableShape]:
     ]
 
 
+def memory_of(
+    config: TrainConfig, log: ClickLog, tables: Mapping[str, tc.ParameterConstraints]
+) -> dict[str, int]:
+    """Bytes of all tables by part, as planned.
+
+    Args:
+        config: options of the run.
+        log: the data set.
+        tables: how each table is kept, see :func:`constraints`.
+
+    Returns:
+        By field of :class:`torchrec_cafe.MemoryBreakdown`; plain tables count as shared rows.
+
+    Raises:
+        ValueError: if a compression leaves no row, naming the largest that works.
+    """
+    groups: defaultdict[TableKind | None, list[TableShape]] = defaultdict(list)
+    for shape in table_shapes(config, log):
+        kept = tables.get(shape.name)
+        groups[kept.table if kept is not None else None].append(shape)
+    memory: Counter[str] = Counter()
+    for kind, shapes in groups.items():
+        if kind is None:
+            dense = sum(shape.dense_bytes for shape in shapes)
+            memory.update({"shared_bytes": dense, "dense_bytes": dense})
+        else:
+            memory.update(asdict(kind.allocate(shapes).memory))
+    return {field.name: memory[field.name] for field in fields(tc.MemoryBreakdown)}
+
+
 def check_budgets(config: TrainConfig, log: ClickLog) -> None:
     """Refuse a compression that leaves no row, before anything is trained.
 
@@ -90,12 +126,9 @@ def check_budgets(config: TrainConfig, log: ClickLog) -> None:
     Raises:
         ValueError: naming the largest compression that works.
     """
-    shapes = table_shapes(config, log)
     for kind in config.kinds:
         for compression in config.compression:
-            (table,) = {c.table for c in constraints(config, log, kind, compression).values()}
-            if table is not None:
-                table.allocate(shapes)
+            memory_of(config, log, constraints(config, log, kind, compression))
 
 
 def build_dlrm(config: TrainConfig, log: ClickLog) -> DLRMTrain:

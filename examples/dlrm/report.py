@@ -1,4 +1,4 @@
-"""What a run leaves behind: a table, a JSON file, a page of Markdown and a plot."""
+"""What a run leaves behind: a table, a JSON file, a page of Markdown and plots."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
-from examples.dlrm.config import EXACT_KINDS, TrainConfig
+from examples.dlrm import plots
+from examples.dlrm.config import UNCOMPRESSED_KINDS, TrainConfig
 from examples.dlrm.data import ClickLog
-from examples.dlrm.loop import Result
-from torchrec_cafe.config.text import as_text
+from examples.dlrm.loop import Case, Result
+from examples.dlrm.scalars import read_scalars, scalars_folder
+from examples.dlrm.step_parts import PURPOSES, by_purpose
+from torchrec_cafe.config.text import as_text, human_bytes
 
-_COLUMNS = ("tables", "AUC", "won back", "log-loss", "embedding bytes", "samples/s")
+_COLUMNS = ("tables", "AUC", "won back", "log-loss", "NE", "embedding bytes", "samples/s")
 _METRICS = {
     "auc": "",
     "log_loss": "nats",
+    "normalized_entropy": "",
     "embedding_bytes": "bytes",
     "samples_per_second": "samples/s",
 }
@@ -34,10 +34,11 @@ _METRICS = {
 
 def _names(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Results by name of their kind, ``hash`` or, with several compressions, ``hash@100x``."""
-    several = len({result.compression for result in results if result.kind not in EXACT_KINDS}) > 1
+    compressed = [result for result in results if result.kind not in UNCOMPRESSED_KINDS]
+    several = len({result.compression for result in compressed}) > 1
     groups: dict[str, list[Result]] = {}
     for result in results:
-        plain = result.kind in EXACT_KINDS or not several
+        plain = result.kind in UNCOMPRESSED_KINDS or not several
         name = result.kind if plain else f"{result.kind}@{result.compression:g}x"
         groups.setdefault(name, []).append(result)
     return groups
@@ -79,6 +80,7 @@ def table(results: Sequence[Result]) -> list[list[str]]:
                 f"{_mean(group, 'auc'):.4f}" + (f" ± {spread:.4f}" if spread is not None else ""),
                 "" if won is None else f"{won:.0%}",
                 f"{_mean(group, 'log_loss'):.5f}",
+                f"{_mean(group, 'normalized_entropy'):.4f}",
                 f"{_mean(group, 'embedding_bytes'):,.0f}",
                 f"{_mean(group, 'samples_per_second'):,.0f}",
             ]
@@ -106,13 +108,47 @@ def machine() -> str:
     return f"{os.cpu_count()} x {cpu}{device}, torch {torch.__version__}"
 
 
-def as_json(config: TrainConfig, log: ClickLog, results: Sequence[Result]) -> dict[str, Any]:
+def memory_table(results: Sequence[Result]) -> list[list[str]]:
+    """What the bytes are for as rows of text, the header first.
+
+    Args:
+        results: of every kind, compression and seed.
+    """
+    parts = {"shared": "rows", "hot": "hot rows", "sketch": "sketch", "map": "maps"}
+    rows = [["tables", *parts.values(), "all, as planned"]]
+    for name, (result, *_) in _names(results).items():
+        memory = [result.memory[f"{part}_bytes"] for part in parts]
+        total = sum(memory)
+        shares = [f"{human_bytes(size)} ({size / total:.0%})" if size else "" for size in memory]
+        rows.append([name, *shares, human_bytes(total)])
+    return rows
+
+
+def step_table(results: Sequence[Result]) -> list[list[str]]:
+    """Where a step's time goes, in milliseconds, as rows of text, the header first.
+
+    Args:
+        results: of every kind, compression and seed; the first of each that was taken apart counts.
+    """
+    taken = {name: group[0] for name, group in _names(results).items() if group[0].step_parts}
+    rows = [["tables", *PURPOSES, "sum"]]
+    for name, result in taken.items():
+        purposes = by_purpose(result.step_parts)
+        values = [*purposes.values(), sum(purposes.values())]
+        rows.append([name, *(f"{value:.2f}" for value in values)])
+    return rows
+
+
+def as_json(
+    config: TrainConfig, log: ClickLog, results: Sequence[Result], program: str = "train"
+) -> dict[str, Any]:
     """The report in the form that every benchmark of this project writes.
 
     Args:
         config: options of the run.
         log: the data set.
         results: of every kind, compression and seed.
+        program: module of ``examples.dlrm`` that was run.
     """
     groups = _names(results)
     rows: list[dict[str, Any]] = []
@@ -132,75 +168,107 @@ def as_json(config: TrainConfig, log: ClickLog, results: Sequence[Result]) -> di
     return {
         "benchmark": "dlrm",
         "commit": command_output("git", "rev-parse", "HEAD"),
-        "command": " ".join(["python -m examples.dlrm.train", *sys.argv[1:]]),
+        "command": " ".join([f"python -m examples.dlrm.{program}", *sys.argv[1:]]),
         "machine": machine(),
         "data": log.description,
-        "samples": {"train": len(log.train.labels), "test": len(log.test.labels)},
+        "samples": {
+            "train": len(log.train),
+            "validation": len(log.validation) if log.validation is not None else 0,
+            "test": len(log.test),
+        },
+        "epochs": config.epochs,
         "seeds": list(config.seed),
         "rows": rows,
         "runs": [vars(result) for result in results],
     }
 
 
-def as_markdown(report: dict[str, Any], rows: Sequence[Sequence[str]]) -> str:
+def as_markdown(report: dict[str, Any], results: Sequence[Result], drawn: Set[str]) -> str:
     """The report as a page.
 
     Args:
         report: what :func:`as_json` made.
-        rows: what :func:`table` made.
+        results: of every kind, compression and seed.
+        drawn: file names of the plots that there are.
     """
+    samples, epochs = report["samples"], report["epochs"]
+    held_out = f"{samples['validation']:,} validation and " if samples["validation"] else ""
     lines = [
-        "# DLRM: full, hashed and CAFE tables",
+        "# DLRM: ways of keeping its tables",
         "",
-        f"Data: {report['data']}. {report['samples']['train']:,} training samples in order of "
-        f"time, one epoch; {report['samples']['test']:,} test samples after them. "
-        f"Seeds: {', '.join(map(str, report['seeds']))}.",
+        f"Data: {report['data']}. {samples['train']:,} training samples in order of time, "
+        f"{'one epoch' if epochs == 1 else f'{epochs} epochs'}; {held_out}{samples['test']:,} test "
+        f"samples after them. Seeds: {', '.join(map(str, report['seeds']))}. Tested: "
+        f"{_tested(results)}.",
         "",
-        "| " + " | ".join(rows[0]) + " |",
-        "|" + "---|" * len(rows[0]),
-        *("| " + " | ".join(row) + " |" for row in rows[1:]),
+        *_as_table(table(results)),
         "",
-        "Won back: share of hash's AUC loss against full tables. Embedding bytes: weights, "
-        "sketches and maps as allocated, over all ranks.",
+        "Won back: share of hash's AUC loss against full tables. NE: log-loss over that of "
+        "predicting the mean label. Embedding bytes: weights, sketches and maps as allocated, over "
+        "all ranks.",
         "",
         "![AUC against embedding bytes](report.png)",
         "",
-        f"`{report['command']}` at {report['commit']} on {report['machine']}",
+        "## What the bytes are for",
+        "",
+        *_as_table(memory_table(results)),
         "",
     ]
-    return "\n".join(lines)
-
-
-def plot(path: Path, results: Sequence[Result], description: str) -> None:
-    """AUC against embedding bytes, one line per kind.
-
-    Args:
-        path: PNG to write.
-        results: of every kind, compression and seed.
-        description: of the data, for the title.
-    """
-    figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
-    kinds = list(dict.fromkeys(result.kind for result in results))
-    for kind in kinds:
-        sizes = sorted({r.embedding_bytes for r in results if r.kind == kind})
-        groups = [
-            [r for r in results if r.kind == kind and r.embedding_bytes == size] for size in sizes
+    if "hot_share.png" in drawn:
+        lines += ["## Hot rows over time", "", "![Hot share and promotions](hot_share.png)", ""]
+    if "step_time.png" in drawn:
+        lines += [
+            "## Where a training step's time goes",
+            "",
+            "![Milliseconds of a step by part](step_time.png)",
+            "",
+            *_as_table(step_table(results)),
+            "",
+            "Milliseconds of the host under the profiler, which slows it down; rank 0.",
+            "",
         ]
-        aucs = [_mean(group, "auc") for group in groups]
-        spreads = [_spread(group, "auc") or 0.0 for group in groups]
-        axes.errorbar(
-            [size / 2**20 for size in sizes], aucs, yerr=spreads, marker="o", capsize=3, label=kind
-        )
-        if kind == "full":
-            axes.axhline(aucs[0], color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
-    axes.set_xlabel("embedding MiB (weights, sketches, maps)")
-    axes.set_ylabel("test AUC")
-    axes.set_title(description, fontsize=8, wrap=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return "\n".join(
+        [*lines, f"`{report['command']}` at {report['commit']} on {report['machine']}\n"]
+    )
+
+
+def _tested(results: Sequence[Result]) -> str:
+    """Which states were tested."""
+    if all(result.tested == "last" for result in results):
+        return "the last state of each training"
+    states = {"last": "its last", "best": "the best of its validations"}
+    return ", ".join(
+        f"{name} {states[result.tested]} (step {result.tested_step:,}"
+        + (f", seed {result.seed})" if len(group) > 1 else ")")
+        for name, group in _names(results).items()
+        for result in group
+    )
+
+
+def _as_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text as lines of Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def _traces(config: TrainConfig, results: Sequence[Result]) -> list[plots.Trace]:
+    """What TensorBoard shows of the hot rows of each training."""
+    found = []
+    for name, group in _names(results).items():
+        for result in group:
+            label = Case(result.kind, result.compression, result.seed).label(config)
+            folder = scalars_folder(config.out, label)
+            shares, moves = (read_scalars(folder, s) for s in ("hot_share", "promoted"))
+            for pool in shares:
+                found.append(
+                    plots.Trace(
+                        name if len(shares) == 1 else f"{name}, {pool}",
+                        result.kind,
+                        shares[pool],
+                        moves.get(pool, []),
+                    )
+                )
+    return found
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -211,7 +279,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save(config: TrainConfig, log: ClickLog, results: Sequence[Result]) -> str:
-    """Write ``report.json``, ``report.md`` and ``report.png``.
+    """Write ``report.json``, ``report.md`` and its plots.
 
     Args:
         config: options of the run; ``config.out`` is the folder.
@@ -223,9 +291,42 @@ def save(config: TrainConfig, log: ClickLog, results: Sequence[Result]) -> str:
     """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = table(results)
     report = as_json(config, log, results)
-    _replace(out / "report.png", lambda path: plot(path, results, log.description))
-    _replace(out / "report.md", lambda path: path.write_text(as_markdown(report, rows)))
+    pictures = {
+        "report.png": plots.auc_by_bytes(results, log.description),
+        "hot_share.png": plots.hot_share(_traces(config, results)),
+        "step_time.png": plots.step_time(
+            {
+                name: by_purpose(group[0].step_parts)
+                for name, group in _names(results).items()
+                if group[0].step_parts
+            }
+        ),
+    }
+    for name, picture in pictures.items():
+        if picture is None:
+            (out / name).unlink(missing_ok=True)  # of an earlier run
+        else:
+            _replace(out / name, picture)
+    drawn = {name for name, picture in pictures.items() if picture is not None}
+    _replace(out / "report.md", lambda path: path.write_text(as_markdown(report, results, drawn)))
     _replace(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=1)))
-    return as_text(rows)
+    return as_text(table(results))
+
+
+def save_evaluation(config: TrainConfig, log: ClickLog, results: Sequence[Result]) -> str:
+    """Write ``evaluation.json``, of the form of ``report.json``.
+
+    Args:
+        config: options of the run; ``config.out`` is the folder.
+        log: the data set.
+        results: of every kind, compression and seed.
+
+    Returns:
+        The comparison as text.
+    """
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    report = as_json(config, log, results, "evaluate")
+    _replace(out / "evaluation.json", lambda path: path.write_text(json.dumps(report, indent=1)))
+    return as_text(table(results))

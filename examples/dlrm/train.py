@@ -14,15 +14,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from examples.dlrm import report
-from examples.dlrm.config import EXACT_KINDS, TrainConfig, parse_args
-from examples.dlrm.data import ClickLog, load_click_log
-from examples.dlrm.loop import Result, run
+from examples.dlrm.config import TrainConfig, parse_args
+from examples.dlrm.data import ClickLog, hold_out, load_click_log
+from examples.dlrm.loop import Result, Training, cases
 from examples.dlrm.model import check_budgets
 from examples.process import rank, run_main, start
 
 
 def load(config: TrainConfig) -> ClickLog:
-    """The data set of a run, prepared if it is not yet.
+    """The data set of a run, prepared if it is not yet; with samples held out to validate on.
 
     Args:
         config: options of the run.
@@ -31,13 +31,14 @@ def load(config: TrainConfig) -> ClickLog:
         ValueError: for options or data that cannot be used.
         OSError: if a file cannot be read or written.
     """
-    return load_click_log(
+    log = load_click_log(
         config.data,
         cache_dir=Path(config.cache_dir),
         sample=None if config.full else config.sample,
         num_embeddings_per_feature=config.num_embeddings or None,
         progress=rank() == 0,
     )
+    return hold_out(log, config.validation_share) if config.validate_every else log
 
 
 def train(config: TrainConfig) -> list[Result]:
@@ -53,21 +54,35 @@ def train(config: TrainConfig) -> list[Result]:
     log = load(config)
     check_budgets(config, log)
     start()
-    if dist.get_rank() == 0:
-        print(json.dumps(dataclasses.asdict(config)))
-        print(
-            f"{log.description}\n{len(log.train.labels):,} training and "
-            f"{len(log.test.labels):,} test samples on {dist.get_world_size()} ranks",
-            flush=True,
-        )
+    describe(config, log)
     results = []
-    for seed in config.seed:
-        for kind in config.kinds:
-            for compression in (1.0,) if kind in EXACT_KINDS else config.compression:
-                results.append(run(config, log, kind, compression, seed))
+    for case in cases(config):
+        training = Training(config, log, case)
+        training.train()
+        result = training.test()
+        if config.profile_steps:
+            result = dataclasses.replace(result, step_parts=training.profile(config.profile_steps))
+        results.append(result)
     if dist.get_rank() == 0:
         print(f"\n{report.save(config, log, results)}\n\nreport: {config.out}/report.md")
     return results
+
+
+def describe(config: TrainConfig, log: ClickLog) -> None:
+    """Print the options and what the data is; rank 0 only.
+
+    Args:
+        config: options of the run.
+        log: the data set.
+    """
+    if dist.get_rank() == 0:
+        held_out = f"{len(log.validation):,} validation and " if log.validation else ""
+        print(json.dumps(dataclasses.asdict(config)))
+        print(
+            f"{log.description}\n{len(log.train):,} training, {held_out}"
+            f"{len(log.test):,} test samples on {dist.get_world_size()} ranks",
+            flush=True,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,8 +22,8 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 import torchrec_cafe as tc
 from examples.clicks import click_log
 from examples.dlrm.data.click_log import BatchLoader, Split
-from examples.process import quieten
 from examples.existing_pipeline.after import build_model, shard
+from examples.process import quieten
 
 #: samples that predictions are compared on
 NUM_TEST = 20_000

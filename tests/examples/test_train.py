@@ -14,7 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import torchrec_cafe as tc
-from examples.dlrm.config import KINDS, TrainConfig, parse_args
+from examples.dlrm.config import CUSTOM, KINDS, TrainConfig, parse_args
 from examples.dlrm.data import ClickLog, FeatureSpec, Split
 from examples.dlrm.loop import Result
 from examples.dlrm.model import constraints
@@ -223,12 +223,13 @@ def test_arguments_of_cafe_reach_the_tables():
         train=Split(nothing, nothing, nothing),
         test=Split(nothing, nothing, nothing),
     )
-    kept = {kind: constraints(config, log, kind, 10)["t_user"].table for kind in KINDS}
+    kinds = [kind for kind in KINDS if kind != CUSTOM]
+    kept = {kind: constraints(config, log, kind, 10)["t_user"].table for kind in kinds}
     assert kept["full"] is None
     assert kept["cafe"] == tc.Cafe(compression=10, **arguments)
     assert kept["hash_whole"] == tc.Hash(compression=10, whole_fraction=0.25)
     assert kept["mem_rec"] == tc.MemRec(compression=10, num_hashes=2, per="sample")
-    assert len(set(kept.values())) == len(KINDS)
+    assert len(set(kept.values())) == len(kinds)
     assert config.over_arch == (256, 128)
 
 
@@ -237,7 +238,7 @@ def test_arguments_of_cafe_reach_the_tables():
     [
         (
             ["--kinds", "full,magic"],
-            "--kinds must be of full, hash, .*, cafe_single_level, .*lookahead, got full, magic",
+            "--kinds must be of full, hash, .*cafe_single_level, .*, custom, got full, magic",
         ),
         (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
@@ -272,6 +273,7 @@ def test_table_gives_means_and_what_is_won_back():
             seed=seed,
             auc=auc,
             log_loss=0.1,
+            normalized_entropy=0.9,
             embedding_bytes=1000,
             samples_per_second=1,
         )

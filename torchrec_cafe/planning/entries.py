@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ _OPTIONAL = {
 }
 
 
-def read_entries(path: Path) -> dict[str, Mapping[str, Any]]:
+def read_entries(
+    path: Path, *, required: Collection[str] = frozenset(_REQUIRED)
+) -> dict[str, Mapping[str, Any]]:
     """Read the entries of a description of tables.
 
     The file is a YAML list, or has one under ``tables``, of mappings with ``name``,
@@ -30,6 +32,8 @@ def read_entries(path: Path) -> dict[str, Mapping[str, Any]]:
 
     Args:
         path: of the file.
+        required: of ``name``, ``num_embeddings`` and ``embedding_dim``, the fields that every entry
+            must have; ``name`` is one.
 
     Returns:
         By name of the table, its entry; the fields have the right types.
@@ -52,7 +56,7 @@ def read_entries(path: Path) -> dict[str, Mapping[str, Any]]:
     found: dict[str, Mapping[str, Any]] = {}
     for number, entry in enumerate(entries):
         where = f"{path}: table {number}"
-        _check(entry, where)
+        _check(entry, where, required)
         for name in _names(entry):
             if name in found:
                 raise ValueError(f"{where}: the name {name!r} is taken by another table")
@@ -60,10 +64,12 @@ def read_entries(path: Path) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _check(entry: Any, where: str) -> None:
+def _check(entry: Any, where: str, required: Collection[str]) -> None:
     if not isinstance(entry, Mapping):
         raise ValueError(f"{where}: must be a mapping, got {entry!r}")
     for name, wanted in _REQUIRED.items():
+        if name not in required and name not in entry:
+            continue
         if not isinstance(entry.get(name), wanted) or isinstance(entry.get(name), bool):
             raise ValueError(
                 f"{where}: {name} must be given as {wanted.__name__}, got {entry.get(name)!r}"

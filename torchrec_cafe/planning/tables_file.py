@@ -47,7 +47,7 @@ def read_tables(path: Path) -> Tables:
     for name, entry in read_entries(path).items():
         where = str(path)
         configs.append(_config(entry, name, where))
-        constraints[name] = _constraint(entry, where)
+        constraints[name] = constraint_of(entry, where)
     module = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
     return Tables(module, constraints)
 
@@ -74,7 +74,16 @@ def _config(entry: Mapping[str, Any], name: str, where: str) -> EmbeddingBagConf
     )
 
 
-def _constraint(entry: Mapping[str, Any], where: str) -> ParameterConstraints:
+def constraint_of(entry: Mapping[str, Any], where: str) -> ParameterConstraints:
+    """How a table is to be kept.
+
+    Args:
+        entry: of :func:`torchrec_cafe.planning.entries.read_entries`.
+        where: the file, for errors.
+
+    Raises:
+        ValueError: naming the file, the table and the field, what it must be and what it was.
+    """
     for field, known in (("sharding_types", SHARDING_TYPES), ("compute_kernels", COMPUTE_KERNELS)):
         if unknown := [value for value in entry.get(field) or () if value not in known]:
             raise ValueError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool
@@ -86,4 +87,5 @@ class CompressedBags(nn.Module):
     def settle(self) -> None:
         """Apply what the last step has taught; see :meth:`HotRowPool.settle`."""
         if self.pool is not None and self.pool.unsettled:  # the rows are asked for only then
-            self.pool.settle(self.tbe.physical_tensors(), self.touched)
+            with record_function("CompressedBags.settle"):
+                self.pool.settle(self.tbe.physical_tensors(), self.touched)

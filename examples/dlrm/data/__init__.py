@@ -15,6 +15,7 @@ __all__ = [
     "FeatureSpec",
     "Split",
     "default_cache_dir",
+    "hold_out",
     "load_click_log",
     "prepare_criteo",
     "prepare_generated",
@@ -40,7 +41,8 @@ def load_click_log(
 
     Args:
         source: ``"promotions"``, ``"generator"``, ``"generator_drift"``, or a path: Criteo's
-            ``train.txt``, one ``day_*`` file, or a folder with either.
+            ``train.txt``, one ``day_*`` file, or a folder with either or with TorchRec's ``npy``
+            files of them.
         cache_dir: where prepared data is kept; :func:`default_cache_dir` by default.
         sample: about how many rows to keep in all, see :func:`sample_click_log`; all by default.
         num_embeddings_per_feature: see :func:`prepare_criteo`; for a path only.
@@ -112,3 +114,27 @@ def sample_click_log(log: ClickLog, num_rows: int) -> ClickLog:
         for split in (log.train, log.test)
     ]
     return replace(log, train=splits[0], test=splits[1])
+
+
+def hold_out(log: ClickLog, share: float) -> ClickLog:
+    """Holds out the last training rows, to validate on.
+
+    Args:
+        log: the log.
+        share: of the training rows, above 0 and below 1.
+
+    Returns:
+        The log with fewer training rows, in the same arrays, and the others as ``validation``.
+
+    Raises:
+        ValueError: if ``share`` is out of range, or either part would be empty.
+    """
+    rows = len(log.train)
+    begin = rows - round(rows * share) if 0 < share < 1 else 0
+    if not 0 < begin < rows:
+        raise ValueError(
+            "hold_out: `share` must be above 0 and below 1, and leave rows to train and to "
+            f"validate on, got {share:g} of {rows} rows; hold out another share"
+        )
+    train, validation = log.train.part(0, begin), log.train.part(begin, rows)
+    return replace(log, train=train, validation=validation)

@@ -43,6 +43,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def part(self, begin: int, end: int) -> "Split":
+        """The rows from ``begin`` to before ``end``; nothing is copied."""
+        return Split(*(array[begin:end] for array in (self.labels, self.dense, self.ids)))
+
     def take(self, num_rows: int) -> "Split":
         """Copies ``num_rows`` rows, evenly spaced and in order, into memory.
 
@@ -78,6 +82,7 @@ class ClickLog:
         num_dense: number of dense features, ``D``.
         train: the earlier rows.
         test: the later rows.
+        validation: rows between those two, if any are held out.
     """
 
     name: str
@@ -86,6 +91,7 @@ class ClickLog:
     num_dense: int
     train: Split
     test: Split
+    validation: Split | None = None
 
 
 @final
@@ -155,6 +161,11 @@ class BatchLoader:
         self._rank = rank
         self._world_size = world_size
         self._drop_last = drop_last
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of one pass over all ranks, those of a dropped batch too."""
+        return len(self._split)
 
     def __len__(self) -> int:
         """Number of batches in one pass, the same on every rank."""

@@ -2,7 +2,7 @@
 
 Kaggle's ``train.txt`` and the Terabyte log's ``day_0`` .. ``day_23`` hold one row a line, in order
 of time: 40 columns with tabs between them: the label, 13 integers, 26 hexadecimal strings; all but
-the label may be empty.
+the label may be empty. TorchRec's ``npy`` files of them are read by :mod:`.criteo_npy`.
 
 Shape legend: ``m`` rows of one block of a file, ``n`` rows of all files.
 """
@@ -12,8 +12,9 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -21,6 +22,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .click_log import ClickLog, FeatureSpec
+from .criteo_npy import NpyFiles, find_npy_files
 from .storage import ArrayWriter, file_identity, open_click_log, prepare_once, write_header
 
 NUM_DENSE = 13
@@ -68,7 +70,9 @@ def prepare_criteo(
     has a small table.
 
     Args:
-        path: ``train.txt``, one ``day_*`` file, or a folder with either; files may end in ``.gz``.
+        path: ``train.txt``, one ``day_*`` file, or a folder with either; files may end in ``.gz``,
+            or be TorchRec's ``*_dense.npy``, ``*_sparse.npy`` and ``*_labels.npy``, whose dense
+            values are taken as they are, and which count a missing value as 0.
         cache_dir: prepared data lies in a folder of it named after the files, their sizes and times
             and the options; 157 bytes a row.
         num_embeddings_per_feature: most ids a feature may have, at least 2; 10,000,000 by default.
@@ -93,19 +97,53 @@ def prepare_criteo(
             "prepare_criteo: `num_embeddings_per_feature` must be between 2 and 2147483647, "
             f"got {limit}; pass the most rows that a table may have"
         )
-    files = find_files(path)
+    sources = find_sources(path)
+    files = [file for source in sources for file in source.files]
     key = json.dumps([_FORMAT, limit, [file_identity(file) for file in files]])
     folder = cache_dir / f"criteo-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
-    def write(partial: Path) -> None:
-        _write(partial, files, limit, progress=progress)
+    def write(made: Path) -> None:
+        _write(made, sources, limit, progress=progress)
 
     prepare_once(folder, write)
     return open_click_log(folder)
 
 
+class Source(NamedTuple):
+    """A part of a click log, such as a day.
+
+    Attributes:
+        name: for reports.
+        files: it is read from.
+        blocks: yields labels uint8 ``[m]``, dense float32 ``[m, 13]``, and values int64
+            ``[m, 26]``, -1 where missing, about ``_BLOCK_BYTES`` at a time; moves the bar.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    blocks: Callable[[tqdm], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]]
+
+
+def find_sources(path: Path) -> list[Source]:
+    """Finds the parts of a click log, in order of time.
+
+    Args:
+        path: see :func:`prepare_criteo`.
+
+    Returns:
+        The parts, at least one; of a folder with text and ``npy`` files, the text.
+
+    Raises:
+        FileNotFoundError: if there are none, or not all files of a part.
+    """
+    if path.exists() and (path.suffix == ".npy" or not _text_files(path)):
+        if npy := find_npy_files(path):
+            return [Source(f.name, tuple(f), partial(_npy_blocks, f)) for f in npy]
+    return [Source(f.name, (f,), partial(_text_blocks, f)) for f in find_files(path)]
+
+
 def find_files(path: Path) -> list[Path]:
-    """Finds the files of a click log, in order of time.
+    """Finds the text files of a click log, in order of time.
 
     Args:
         path: a file, or a folder that holds ``train.txt`` or ``day_*``.
@@ -123,6 +161,19 @@ def find_files(path: Path) -> list[Path]:
             f"prepare_criteo: `path` must be a file or folder of Criteo's, got {str(path)!r}, "
             "which does not exist; pass the path of train.txt, or the folder of day_0 .. day_23"
         )
+    if files := _text_files(path):
+        return files
+    raise FileNotFoundError(
+        "prepare_criteo: `path` must hold train.txt or day_0 .. day_23 (or these with .gz, or "
+        f"TorchRec's npy files), got folder {str(path)!r} without them; pass the folder that has "
+        "the files"
+    )
+
+
+def _text_files(path: Path) -> list[Path]:
+    """The text files of a folder in order of time, if it has any; a file itself."""
+    if path.is_file():
+        return [path]
     days: dict[int, Path] = {}
     for file in sorted(path.iterdir()):
         match = re.fullmatch(r"day_(\d+)(\.gz)?", file.name)
@@ -130,13 +181,8 @@ def find_files(path: Path) -> list[Path]:
             days.setdefault(int(match[1]), file)  # day_0 comes before day_0.gz
     if days:
         return [days[day] for day in sorted(days)]
-    for name in ("train.txt", "train.txt.gz"):
-        if (path / name).is_file():
-            return [path / name]
-    raise FileNotFoundError(
-        "prepare_criteo: `path` must hold train.txt or day_0 .. day_23 (or these with .gz), got "
-        f"folder {str(path)!r} without them; pass the folder that has the files"
-    )
+    names = ("train.txt", "train.txt.gz")
+    return [path / name for name in names if (path / name).is_file()][:1]
 
 
 def parse_rows(block: bytes, *, file: Path, first_line: int) -> Rows:
@@ -246,11 +292,25 @@ def _read_blocks(file: Path, bar: tqdm) -> Iterator[bytes]:
         yield rest + b"\n"
 
 
-def _write(folder: Path, files: list[Path], limit: int, *, progress: bool) -> None:
+def _text_blocks(file: Path, bar: tqdm) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    num_rows = 0
+    for block in _read_blocks(file, bar):
+        rows = parse_rows(block, file=file, first_line=num_rows + 1)
+        num_rows += len(rows.labels)
+        yield rows.labels, np.log1p(np.maximum(rows.integers, 0), dtype=np.float32), rows.values
+
+
+def _npy_blocks(files: NpyFiles, bar: tqdm) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    for labels, dense, values, size in files.blocks():
+        bar.update(size)
+        yield labels, dense, values
+
+
+def _write(folder: Path, sources: list[Source], limit: int, *, progress: bool) -> None:
     """Writes the prepared log of some files."""
     occurs = np.zeros((NUM_CATEGORICAL, limit), dtype=bool)
-    rows_of_file = []
-    total_bytes = sum(file.stat().st_size for file in files)
+    rows_of_source = []
+    total_bytes = sum(file.stat().st_size for source in sources for file in source.files)
     with ExitStack() as stack:
         bar = stack.enter_context(
             tqdm(
@@ -264,27 +324,27 @@ def _write(folder: Path, files: list[Path], limit: int, *, progress: bool) -> No
         labels = stack.enter_context(ArrayWriter(folder / "labels.npy", np.uint8, ()))
         dense = stack.enter_context(ArrayWriter(folder / "dense.npy", np.float32, (NUM_DENSE,)))
         ids = stack.enter_context(ArrayWriter(folder / "ids.npy", np.int32, (NUM_CATEGORICAL,)))
-        for file in files:
+        for source in sources:
             num_rows = 0
-            for block in _read_blocks(file, bar):
-                rows = parse_rows(block, file=file, first_line=num_rows + 1)
-                buckets = np.where(rows.values < 0, 0, 1 + rows.values % (limit - 1))
+            for clicked, integers, values in source.blocks(bar):
+                buckets = np.where(values < 0, 0, 1 + values % (limit - 1))
                 occurs[np.arange(NUM_CATEGORICAL), buckets] = True
-                labels.append(rows.labels)
-                dense.append(np.log1p(np.maximum(rows.integers, 0), dtype=np.float32))
+                labels.append(clicked)
+                dense.append(integers)
                 ids.append(buckets)
                 num_rows += len(buckets)
             if num_rows == 0:
+                file = source.files[0]
                 raise ValueError(f"{file}: must hold rows, got an empty file; fetch it again")
-            rows_of_file.append(num_rows)
+            rows_of_source.append(num_rows)
 
-    num_test = rows_of_file[-1] if len(files) > 1 else max(1, rows_of_file[0] // 7)
+    num_test = rows_of_source[-1] if len(sources) > 1 else max(1, rows_of_source[0] // 7)
     write_header(
         folder,
         name="criteo",
-        description=f"Criteo's click log, read from {', '.join(file.name for file in files)}",
+        description=f"Criteo's click log, read from {', '.join(source.name for source in sources)}",
         features=_renumber(folder, occurs),
-        num_train=sum(rows_of_file) - num_test,
+        num_train=sum(rows_of_source) - num_test,
     )
 
 
