@@ -127,7 +127,7 @@ class Inputs:
         # What a step later would move, of another state: this one is yet to be rebalanced.
         later = _moved(state, torch.device("cpu"))
         keys, shards = self.batch.keys.cpu(), self.batch.shards.cpu()
-        ops.observe(later, keys, shards, 9 * importance)
+        ops.observe(later, keys, shards, importance * 9)
         actions, new_keys = ops.rebalance(later, self.selected.cpu())
         self.moves = ops.Moves(self.selected, actions.to(device), new_keys.to(device))
         # At most a bucket for each key, and all of them.
