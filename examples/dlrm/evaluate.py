@@ -14,9 +14,8 @@ import torch.distributed as dist
 from examples.dlrm import report
 from examples.dlrm.config import TrainConfig, parse_args
 from examples.dlrm.loop import Result, Training, cases
-from examples.dlrm.model import check_budgets
-from examples.dlrm.train import describe, load
-from examples.process import run_main, start
+from examples.dlrm.train import begin
+from examples.process import run_main
 
 
 def evaluate(config: TrainConfig) -> list[Result]:
@@ -34,10 +33,7 @@ def evaluate(config: TrainConfig) -> list[Result]:
     """
     if not config.checkpoint_dir:
         raise ValueError("--checkpoint_dir must be given: the folder that the training saved to")
-    log = load(config)
-    check_budgets(config, log)
-    start()
-    describe(config, log)
+    log = begin(config)
     results = []
     for case in cases(config):
         training = Training(config, log, case)

@@ -273,9 +273,14 @@ def _traces(config: TrainConfig, results: Sequence[Result]) -> list[plots.Trace]
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write under another name first, so that a report is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     write(partial)
     partial.replace(path)
+
+
+def _replace_json(path: Path, report: dict[str, Any]) -> None:
+    _replace(path, lambda partial: partial.write_text(json.dumps(report, indent=1)))
 
 
 def save(config: TrainConfig, log: ClickLog, results: Sequence[Result]) -> str:
@@ -290,7 +295,6 @@ def save(config: TrainConfig, log: ClickLog, results: Sequence[Result]) -> str:
         The comparison as text.
     """
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     report = as_json(config, log, results)
     pictures = {
         "report.png": plots.auc_by_bytes(results, log.description),
@@ -310,7 +314,7 @@ def save(config: TrainConfig, log: ClickLog, results: Sequence[Result]) -> str:
             _replace(out / name, picture)
     drawn = {name for name, picture in pictures.items() if picture is not None}
     _replace(out / "report.md", lambda path: path.write_text(as_markdown(report, results, drawn)))
-    _replace(out / "report.json", lambda path: path.write_text(json.dumps(report, indent=1)))
+    _replace_json(out / "report.json", report)
     return as_text(table(results))
 
 
@@ -325,8 +329,5 @@ def save_evaluation(config: TrainConfig, log: ClickLog, results: Sequence[Result
     Returns:
         The comparison as text.
     """
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    report = as_json(config, log, results, "evaluate")
-    _replace(out / "evaluation.json", lambda path: path.write_text(json.dumps(report, indent=1)))
+    _replace_json(Path(config.out) / "evaluation.json", as_json(config, log, results, "evaluate"))
     return as_text(table(results))

@@ -41,8 +41,8 @@ def load(config: TrainConfig) -> ClickLog:
     return hold_out(log, config.validation_share) if config.validate_every else log
 
 
-def train(config: TrainConfig) -> list[Result]:
-    """Train every kind, compression and seed in turn, and write the report.
+def begin(config: TrainConfig) -> ClickLog:
+    """Load the data, join the process group, and print the options and what the data is.
 
     Args:
         config: options of the run.
@@ -54,7 +54,28 @@ def train(config: TrainConfig) -> list[Result]:
     log = load(config)
     check_budgets(config, log)
     start()
-    describe(config, log)
+    if dist.get_rank() == 0:
+        held_out = f"{len(log.validation):,} validation and " if log.validation else ""
+        print(json.dumps(dataclasses.asdict(config)))
+        print(
+            f"{log.description}\n{len(log.train):,} training, {held_out}"
+            f"{len(log.test):,} test samples on {dist.get_world_size()} ranks",
+            flush=True,
+        )
+    return log
+
+
+def train(config: TrainConfig) -> list[Result]:
+    """Train every kind, compression and seed in turn, and write the report.
+
+    Args:
+        config: options of the run.
+
+    Raises:
+        ValueError: for options or data that cannot be used.
+        OSError: if a file cannot be read or written.
+    """
+    log = begin(config)
     results = []
     for case in cases(config):
         training = Training(config, log, case)
@@ -66,23 +87,6 @@ def train(config: TrainConfig) -> list[Result]:
     if dist.get_rank() == 0:
         print(f"\n{report.save(config, log, results)}\n\nreport: {config.out}/report.md")
     return results
-
-
-def describe(config: TrainConfig, log: ClickLog) -> None:
-    """Print the options and what the data is; rank 0 only.
-
-    Args:
-        config: options of the run.
-        log: the data set.
-    """
-    if dist.get_rank() == 0:
-        held_out = f"{len(log.validation):,} validation and " if log.validation else ""
-        print(json.dumps(dataclasses.asdict(config)))
-        print(
-            f"{log.description}\n{len(log.train):,} training, {held_out}"
-            f"{len(log.test):,} test samples on {dist.get_world_size()} ranks",
-            flush=True,
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

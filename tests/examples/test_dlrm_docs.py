@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shlex
 import subprocess
@@ -12,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.examples.criteo_files import write_criteo
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = (ROOT / "docs" / "dlrm.md").read_text()
@@ -40,16 +41,9 @@ def run(command: str, folder: Path, *more: str) -> subprocess.CompletedProcess[s
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the files lie that the docs speak of."""
-    random.seed(0)
     folder = tmp_path_factory.mktemp("docs")
-    lines = []
-    for _ in range(4000):
-        ids = [int(random.random() ** 3 * 9000) for _ in range(26)]
-        label = int(random.random() < 0.1 + 0.5 * (ids[0] % 2))
-        integers = [str(random.randrange(100)) for _ in range(13)]
-        lines.append("\t".join([str(label), *integers, *(f"{id_:08x}" for id_ in ids)]) + "\n")
     (folder / "path" / "to").mkdir(parents=True)
-    (folder / "path" / "to" / "train.txt").write_text("".join(lines))
+    write_criteo(folder / "path" / "to" / "train.txt", samples=4000, ids=9000)
     (yaml,) = re.findall(r"```yaml\n(.*?)```", DOCS, re.DOTALL)
     (folder / "tables.yaml").write_text(yaml)
     return folder

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -19,40 +17,25 @@ from examples.dlrm.data import ClickLog, FeatureSpec, Split
 from examples.dlrm.loop import Result
 from examples.dlrm.model import constraints
 from examples.dlrm.report import table
+from tests.examples.criteo_files import write_criteo
+from tests.launch.torchx import torchx
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def torchx_train(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """``torchx run`` of the component, as ``make train`` does it."""
-    binaries = Path(sys.executable).parent
-    return subprocess.run(
-        [
-            str(binaries / "torchx"),
-            *("run", "-s", "local_cwd", "torchx_components/dlrm.py:train", "--"),
-            *("--cache_dir", str(folder / "cache"), "--out", str(folder / "out"), *flags),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+    return torchx(
+        *("run", "-s", "local_cwd", "torchx_components/dlrm.py:train", "--"),
+        *("--cache_dir", str(folder / "cache"), "--out", str(folder / "out"), *flags),
     )
 
 
 @pytest.fixture(scope="module")
 def criteo_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small file in Criteo's published format, made here: label, 13 integers, 26 hex ids."""
-    random.seed(0)
     path = tmp_path_factory.mktemp("criteo") / "train.txt"
-    lines = []
-    for _ in range(7000):
-        ids = [int(random.random() ** 3 * 400) for _ in range(26)]
-        label = int(random.random() < 0.1 + 0.5 * (ids[0] % 2))
-        integers = [str(random.randrange(100)) for _ in range(13)]
-        lines.append("\t".join([str(label), *integers, *(f"{id_:08x}" for id_ in ids)]))
-    path.write_text("\n".join(lines) + "\n")
+    write_criteo(path, samples=7000, ids=400)
     return path
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from examples.two_tower.config import parse_args
 from examples.two_tower.loop import products_before, recall
 from examples.two_tower.model import attend, check_budgets
 from examples.two_tower.purchases import Purchases, prepare_purchases, write_purchases
+from tests.launch.torchx import torchx
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -138,23 +136,13 @@ def test_a_compression_that_leaves_no_row_is_refused_before_training(data: Purch
 
 
 def test_two_ranks_train_and_report(cache: Path, tmp_path: Path):
-    binaries = Path(sys.executable).parent
-    done = subprocess.run(
-        [
-            str(binaries / "torchx"),
-            *("run", "-s", "local_cwd", "--workspace", "", "dist.ddp", "-j", "1x2"),
-            *("-m", "examples.two_tower.train", "--"),
-            *("--cache_dir", str(cache), "--out", str(tmp_path / "out")),
-            *("--table_kind", "full,hash,cafe,mem_rec", "--compression", "3", "--cafe"),
-            *("num_shards=4,whole_fraction=0", "--mem_rec", "num_shards=4", "--batch_size", "32"),
-            *("--max_steps", "12", "--queries", "100", "--learning_rate", "0.2"),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+    done = torchx(
+        *("run", "-s", "local_cwd", "--workspace", "", "dist.ddp", "-j", "1x2"),
+        *("-m", "examples.two_tower.train", "--"),
+        *("--cache_dir", str(cache), "--out", str(tmp_path / "out")),
+        *("--table_kind", "full,hash,cafe,mem_rec", "--compression", "3", "--cafe"),
+        *("num_shards=4,whole_fraction=0", "--mem_rec", "num_shards=4", "--batch_size", "32"),
+        *("--max_steps", "12", "--queries", "100", "--learning_rate", "0.2"),
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
