@@ -201,7 +201,7 @@ def calls(inputs: Inputs) -> dict[str, Call]:
         ),
         "key_factors": _factors(inputs),
         "row_dots": Call(
-            lambda m: m.row_dots(inputs.grad, inputs.rows, inputs.lookups, num_ids=n),
+            lambda m: m.row_dots(inputs.grad, inputs.rows, inputs.lookups, shards=batch.shards),
             4 * bags * dim + bag_bytes + (4 * dim + 12 + 4) * n,
         ),
     } | _mem_rec(inputs)

@@ -249,7 +249,7 @@ inline void check_keys(const Tensor& keys, const Tensor& shards, int64_t shards_
 }
 
 inline void check_row_dots(const Tensor& grad, const Tensor& table, const Tensor& rows,
-                           const Tensor& offsets, const Tensor& source, int64_t num_ids) {
+                           const Tensor& offsets, const Tensor& source, const Tensor& shards) {
   check_tensor(grad, "grad", ScalarType::Float, 2);
   STD_TORCH_CHECK(
       table.scalar_type() == ScalarType::Float || table.scalar_type() == ScalarType::Half,
@@ -258,11 +258,11 @@ inline void check_row_dots(const Tensor& grad, const Tensor& table, const Tensor
   check_tensor(rows, "rows", ScalarType::Long, 1);
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
   check_tensor(source, "source", ScalarType::Int, 1);
-  check_device(grad, table, rows, offsets, source);
+  check_tensor(shards, "shards", ScalarType::Int, 1);
+  check_device(grad, table, rows, offsets, source, shards);
   STD_TORCH_CHECK(grad.size(0) == offsets.numel() - 1 && grad.size(1) == table.size(1),
                   "`grad` must have a row for each bag, and the columns of `table`");
   STD_TORCH_CHECK(source.numel() == rows.numel(), "`source` must be as long as `rows`");
-  STD_TORCH_CHECK(num_ids >= 0, "`num_ids` must be at least 0, got ", num_ids);
 }
 
 inline void check_bloom_union(const Tensor& ids, const Tensor& offsets, const Tensor& tables,

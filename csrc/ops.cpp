@@ -40,7 +40,8 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       "key_factors_backward(Tensor grad, Tensor keys, Tensor shards, int shards_held,"
       " int weights_per_shard, int num_hashes) -> (Tensor rows, Tensor grads)");
   m.def(
-      "row_dots(Tensor grad, Tensor table, Tensor rows, Tensor offsets, Tensor source, int num_ids)"
+      "row_dots(Tensor grad, Tensor table, Tensor rows, Tensor offsets, Tensor source,"
+      " Tensor shards)"
       " -> Tensor");
   m.def(
       "bloom_union(Tensor ids, Tensor offsets, Tensor tables, int first_shard, int shards_held,"

@@ -13,9 +13,9 @@
 namespace torchrec_cafe {
 
 extern const Kernels CAFE_KERNELS;
-const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,         shards_fit,  observe,        observe_owned,
-                           bag_norms,       weigh,       renormalise, offsets_ascend, remap,
-                           bloom_encode,    encode_keys, key_factors, row_dots,       bloom_factors,
-                           bloom_pool,      bloom_dots,  rebalance};
+const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,           shards_fit,   count_shards, lookups_fit,
+                           observe,         observe_owned, bag_norms,    weigh,        renormalise,
+                           offsets_ascend,  remap,         bloom_encode, encode_keys,  key_factors,
+                           row_dots,        bloom_factors, bloom_pool,   bloom_dots,   rebalance};
 
 }  // namespace torchrec_cafe

@@ -71,7 +71,15 @@ struct RowDots {
   const int64_t* rows;
   const int64_t* offsets;
   const int32_t* source;  // of each row; equal ones lie side by side
+  const int32_t* shards;  // of each id; below 0: nothing is wanted
   int64_t size;           // of `rows`
+};
+
+// Keys that have weights, encoded.
+struct KeyBlock {
+  int64_t at[kBloomBlock];  // which of the batch's keys
+  int size;
+  BloomBits bits;
 };
 
 struct Kernels {
@@ -82,6 +90,13 @@ struct Kernels {
 
   // Whether all shards are in [-1, num_shards).
   bool (*shards_fit)(const int32_t* shards, int64_t size, int64_t num_shards);
+
+  // How many shards are not below 0.
+  int64_t (*count_shards)(const int32_t* shards, int64_t size);
+
+  // Whether all rows are in [0, num_rows), and all sources in [0, num_ids).
+  bool (*lookups_fit)(const int64_t* rows, const int32_t* source, int64_t size, int64_t num_rows,
+                      int64_t num_ids);
 
   // Inserts all occurrences, in order.
   void (*observe)(const HotSketch& sketch, const Occurrences& seen, Events* events);
@@ -115,15 +130,17 @@ struct Kernels {
   void (*bloom_encode)(const BloomEncoder& encoder, const Table& table, const int64_t* ids,
                        int size, BloomBits& bits);
 
-  // Encodes at most kBloomBlock keys, each in the shard given; a shard below 0 counts as 0.
-  void (*encode_keys)(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards,
-                      int size, BloomBits& bits);
+  // Encodes the next keys that have a shard, at most kBloomBlock, from that at `from` on. Returns
+  // where to go on, `size` at last.
+  int64_t (*encode_keys)(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards,
+                         int64_t from, int64_t size, KeyBlock& block);
 
   // Adds up the weights of each key; the factor of one whose shard is below 0 is 1.
   void (*key_factors)(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards,
                       int64_t size, const float* weights, float* factors);
 
-  // Multiplies the gradient of each bag in [first, last) with its rows; see row_dots.
+  // Multiplies the gradient of each bag in [first, last) with the rows of those of its ids that
+  // have a shard; see row_dots.
   void (*row_dots)(const RowDots& in, int64_t first, int64_t last, float* dots);
 
   // Adds up the weights of each id.

@@ -51,9 +51,19 @@ Tensor key_factors_cpu(const Tensor& weights, const Tensor& keys, const Tensor& 
   return factors;
 }
 
+void check_lookups(const RowDots& in, int64_t num_rows, int64_t num_ids) {
+  if (kernels().lookups_fit(in.rows, in.source, in.size, num_rows, num_ids)) return;
+  for (int64_t m = 0; m < in.size; ++m) {
+    STD_TORCH_CHECK(in.rows[m] >= 0 && in.rows[m] < num_rows, "`rows` must be in [0, ", num_rows,
+                    "), got ", in.rows[m]);
+    STD_TORCH_CHECK(in.source[m] >= 0 && in.source[m] < num_ids, "`source` must be in [0, ",
+                    num_ids, "), got ", in.source[m]);
+  }
+}
+
 Tensor row_dots_cpu(const Tensor& grad, const Tensor& table, const Tensor& rows,
-                    const Tensor& offsets, const Tensor& source, int64_t num_ids) {
-  check_row_dots(grad, table, rows, offsets, source, num_ids);
+                    const Tensor& offsets, const Tensor& source, const Tensor& shards) {
+  check_row_dots(grad, table, rows, offsets, source, shards);
   const RowDots in{grad.const_data_ptr<float>(),
                    table.data_ptr(),
                    table.scalar_type() == ScalarType::Half,
@@ -61,14 +71,11 @@ Tensor row_dots_cpu(const Tensor& grad, const Tensor& table, const Tensor& rows,
                    rows.const_data_ptr<int64_t>(),
                    offsets.const_data_ptr<int64_t>(),
                    source.const_data_ptr<int32_t>(),
+                   shards.const_data_ptr<int32_t>(),
                    rows.numel()};
+  const int64_t num_ids = shards.numel();
   check_offsets(in.offsets, offsets.numel(), in.size);
-  for (int64_t m = 0; m < in.size; ++m) {
-    STD_TORCH_CHECK(in.rows[m] >= 0 && in.rows[m] < table.size(0), "`rows` must be in [0, ",
-                    table.size(0), "), got ", in.rows[m]);
-    STD_TORCH_CHECK(in.source[m] >= 0 && in.source[m] < num_ids, "`source` must be in [0, ",
-                    num_ids, "), got ", in.source[m]);
-  }
+  check_lookups(in, table.size(0), num_ids);
   Tensor dots = empty_cpu<1>({num_ids}, aoti_torch_dtype_float32());
   float* out = dots.mutable_data_ptr<float>();
   std::fill_n(out, num_ids, 0.0f);
@@ -91,13 +98,18 @@ std::tuple<Tensor, Tensor> key_factors_backward_cpu(const Tensor& grad, const Te
   const float* of_key = grad.const_data_ptr<float>();
   check_shards(shard, shards.numel(), shards_held);
   const BloomEncoder encoder = encoder_of(shards_held, weights_per_shard, num_hashes);
-  WeightSums sums(keys.numel() == 0 ? 0 : shards_held * weights_per_shard);
-  BloomBits bits;
-  for (int64_t from = 0; from < keys.numel() && shards_held > 0; from += kBloomBlock) {
-    const int size = static_cast<int>(std::min<int64_t>(kBloomBlock, keys.numel() - from));
-    kernels().encode_keys(encoder, key + from, shard + from, size, bits);
-    for (int i = 0; i < size; ++i) {
-      if (shard[from + i] >= 0) sums.add(bits, i, encoder.num_hashes, of_key[from + i]);
+  const int64_t size = shards_held == 0 ? 0 : keys.numel();
+  WeightSums sums(shards_held * weights_per_shard,
+                  num_hashes * kernels().count_shards(shard, size));
+  KeyBlock blocks[2];
+  int64_t next = kernels().encode_keys(encoder, key, shard, 0, size, blocks[0]);
+  for (int current = 0; blocks[current].size > 0; current ^= 1) {
+    const KeyBlock& block = blocks[current];
+    KeyBlock& ahead = blocks[current ^ 1];
+    next = kernels().encode_keys(encoder, key, shard, next, size, ahead);
+    sums.ask_for(ahead.bits, ahead.size, encoder.num_hashes);
+    for (int i = 0; i < block.size; ++i) {
+      sums.add(block.bits, i, encoder.num_hashes, of_key[block.at[i]]);
     }
   }
   return sums.by_row();

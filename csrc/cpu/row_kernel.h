@@ -82,25 +82,65 @@ inline float dot(const float* left, const T* right, int64_t dim) {
   return total;
 }
 
-// Rows that are asked for ahead of their use.
-constexpr int64_t kRowsAhead = 16;
+bool lookups_fit(const int64_t* rows, const int32_t* source, int64_t size, int64_t num_rows,
+                 int64_t num_ids) {
+  int64_t wrong = 0;
+  for (int64_t m = 0; m < size; ++m) wrong |= (rows[m] < 0) | (rows[m] >= num_rows);
+  for (int64_t m = 0; m < size; ++m) wrong |= (source[m] < 0) | (source[m] >= num_ids);
+  return wrong == 0;
+}
+
+inline void ask_for(const void* row, int64_t bytes) {
+  const auto* from = static_cast<const char*>(row);
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
+}
+
+// Lookups to multiply, and their bags.
+struct WantedRows {
+  static constexpr int kMost = 256;
+  // Rows that are asked for ahead of their use.
+  static constexpr int kAhead = 16;
+
+  int64_t at[kMost];
+  int64_t bags[kMost];
+
+  template <typename T>
+  void multiply(const RowDots& in_in, int size, float* __restrict__ dots) const {
+    const RowDots in = in_in;  // in registers
+    const auto* table = static_cast<const T*>(in.table);
+    const auto ask = [&](int i) __attribute__((always_inline)) {
+      if (i >= size) return;
+      ask_for(table + in.rows[at[i]] * in.dim, in.dim * static_cast<int64_t>(sizeof(T)));
+      ask_for(in.grad + bags[i] * in.dim, in.dim * static_cast<int64_t>(sizeof(float)));
+    };
+    for (int i = 0; i < kAhead; ++i) ask(i);
+    for (int i = 0; i < size; ++i) {
+      ask(i + kAhead);
+      // Each id's dot begins at 0; a bag's rows of an id lie side by side.
+      dots[in.source[at[i]]] +=
+          dot(in.grad + bags[i] * in.dim, table + in.rows[at[i]] * in.dim, in.dim);
+    }
+  }
+};
 
 template <typename T>
 void dot_rows(const RowDots& in, int64_t first, int64_t last, float* dots) {
-  const auto* table = static_cast<const T*>(in.table);
+  const int64_t* __restrict__ offsets = in.offsets;
+  const int32_t* __restrict__ source = in.source;
+  const int32_t* __restrict__ shards = in.shards;
+  WantedRows wanted;
+  int size = 0;
   for (int64_t bag = first; bag < last; ++bag) {
-    const float* grad = in.grad + bag * in.dim;
-    for (int64_t m = in.offsets[bag]; m < in.offsets[bag + 1]; ++m) {
-      const int64_t ahead = m + kRowsAhead < in.size ? m + kRowsAhead : m;
-      const auto* bytes = reinterpret_cast<const char*>(table + in.rows[ahead] * in.dim);
-      const int64_t row_bytes = in.dim * static_cast<int64_t>(sizeof(T));
-      for (int64_t line = 0; line < row_bytes; line += 64) __builtin_prefetch(bytes + line);
-      const float product = dot(grad, table + in.rows[m] * in.dim, in.dim);
-      const bool same = m > in.offsets[bag] && in.source[m] == in.source[m - 1];
-      float& to = dots[in.source[m]];
-      to = same ? to + product : product;
+    for (int64_t m = offsets[bag]; m < offsets[bag + 1]; ++m) {
+      wanted.at[size] = m;
+      wanted.bags[size] = bag;
+      size += shards[source[m]] >= 0;  // no condition, as in encode_keys
+      if (size < WantedRows::kMost) continue;
+      wanted.multiply<T>(in, size, dots);
+      size = 0;
     }
   }
+  wanted.multiply<T>(in, size, dots);
 }
 
 void row_dots(const RowDots& in, int64_t first, int64_t last, float* dots) {

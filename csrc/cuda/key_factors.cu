@@ -59,19 +59,22 @@ Tensor key_factors_cuda(const Tensor& weights, const Tensor& keys, const Tensor&
   return factors;
 }
 
-// A warp a bag. Equal sources lie side by side; rows and sources out of range are passed over.
+// A warp a bag. Equal sources lie side by side; rows and sources out of range are passed over, and
+// ids without a shard, whose rows are not read.
 template <typename T>
 __global__ void dots_kernel(const float* __restrict__ grad, const T* __restrict__ table,
                             int64_t num_rows, int64_t dim, const int64_t* __restrict__ rows,
                             const int64_t* __restrict__ offsets, const int32_t* __restrict__ source,
-                            int64_t size, int64_t num_bags, int64_t num_ids,
-                            float* __restrict__ dots) {
+                            const int32_t* __restrict__ shards, int64_t size, int64_t num_bags,
+                            int64_t num_ids, float* __restrict__ dots) {
   const int lane = threadIdx.x % kWarp;
   for (int64_t bag = first_index() / kWarp; bag < num_bags; bag += index_stride() / kWarp) {
     const int64_t begin = max(offsets[bag], int64_t{0});
     const int64_t end = min(offsets[bag + 1], size);
     float total = 0.0f;
     for (int64_t m = begin; m < end; ++m) {
+      const int32_t id = source[m];
+      if (id < 0 || id >= num_ids || shards[id] < 0) continue;
       const int64_t row = rows[m];
       float sum = 0.0f;
       if (row >= 0 && row < num_rows) {
@@ -82,24 +85,26 @@ __global__ void dots_kernel(const float* __restrict__ grad, const T* __restrict_
       for (int other = kWarp / 2; other > 0; other /= 2) {
         sum += __shfl_xor_sync(0xffffffffu, sum, other);
       }
-      total = m > begin && source[m] == source[m - 1] ? total + sum : sum;
-      if (lane == 0 && source[m] >= 0 && source[m] < num_ids) dots[source[m]] = total;
+      total = m > begin && id == source[m - 1] ? total + sum : sum;
+      if (lane == 0) dots[id] = total;
     }
   }
 }
 
 Tensor row_dots_cuda(const Tensor& grad, const Tensor& table, const Tensor& rows,
-                     const Tensor& offsets, const Tensor& source, int64_t num_ids) {
-  check_row_dots(grad, table, rows, offsets, source, num_ids);
+                     const Tensor& offsets, const Tensor& source, const Tensor& shards) {
+  check_row_dots(grad, table, rows, offsets, source, shards);
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const int64_t num_bags = offsets.numel() - 1;
+  const int64_t num_ids = shards.numel();
   Tensor dots = torch::stable::new_zeros(grad, {num_ids});
   if (num_bags == 0) return dots;
   const auto launch_on = [&]<typename T>(const T* values) {
     launch(current_stream(grad), num_bags * kWarp, dots_kernel<T>, grad.const_data_ptr<float>(),
            values, table.size(0), table.size(1), rows.const_data_ptr<int64_t>(),
-           offsets.const_data_ptr<int64_t>(), source.const_data_ptr<int32_t>(), rows.numel(),
-           num_bags, num_ids, dots.mutable_data_ptr<float>());
+           offsets.const_data_ptr<int64_t>(), source.const_data_ptr<int32_t>(),
+           shards.const_data_ptr<int32_t>(), rows.numel(), num_bags, num_ids,
+           dots.mutable_data_ptr<float>());
   };
   if (table.scalar_type() == ScalarType::Half) {
     launch_on(static_cast<const __half*>(table.data_ptr()));

@@ -156,7 +156,8 @@ def of_weights(generator: torch.Generator) -> dict[str, Call]:
         return {"row_bits": one, "weight_bits": one}
 
     found = ops.bloom_rows(**batch, bits=BITS)._asdict()
-    dots = {"grad": torch.rand(4, DIM), "table": rows, "num_ids": len(batch["ids"])}
+    shards = (torch.arange(len(batch["ids"])) % 2 - 1).int()
+    dots = {"grad": torch.rand(4, DIM), "table": rows, "shards": shards}
     grad = {"grad": torch.rand(4, DIM, generator=generator), "rows": rows}
     return {
         "bloom_rows": (lambda **a: ops.bloom_rows(bits=bits_of(a), **a), {**batch, **bits}),

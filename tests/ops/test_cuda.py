@@ -280,9 +280,10 @@ def test_dots_of_rows_are_the_same_on_both(device: Device, dtype):
     table = torch.randn((50, 44), generator=generator).to(dtype)
     grad = torch.randn((len(offsets) - 1, 44), generator=generator)
     moved = ops.Lookups(*map(device.put, found))
-    size = 3 * count
-    dots = ops.row_dots(grad, table, found, num_ids=size)
-    got = device.run(ops.row_dots, device.put(grad), device.put(table), moved, num_ids=size)
+    shards = torch.randint(-1, 2, (3 * count,), generator=generator, dtype=torch.int32)
+    dots = ops.row_dots(grad, table, found, shards=shards)
+    given = device.put(grad), device.put(table), moved
+    got = device.run(ops.row_dots, *given, shards=device.put(shards))
     torch.testing.assert_close(got.cpu(), dots, rtol=1e-4, atol=1e-4)
 
 

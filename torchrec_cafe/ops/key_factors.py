@@ -45,7 +45,7 @@ def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: in
         raise value_error(op, error) from None
 
 
-def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, num_ids: int) -> Tensor:
+def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, shards: Tensor) -> Tensor:
     """Multiply the gradient of each bag with its rows, and add up what belongs to an id.
 
     That is the gradient of the factor by which an id's rows are scaled.
@@ -53,12 +53,13 @@ def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, num_ids: int) -> Te
     Args:
         grad: float32 ``[bags, D]``, of the pooled bags.
         table: float32 or float16 ``[R, D]``, physical rows.
-        found: the rows of the bags, each in [0, R), and their ids, in [0, num_ids); the rows of an
-            id lie side by side.
-        num_ids: N, >= 0.
+        found: the rows of the bags, each in [0, R), and their ids, in [0, N); the rows of an id lie
+            side by side.
+        shards: int32 ``[N]``, as :func:`key_factors` takes them: an id whose shard is below 0 has
+            no factor that could learn.
 
     Returns:
-        float32 ``[N]``; 0 for an id without rows.
+        float32 ``[N]``; 0 for an id without rows or without a shard.
 
     Raises:
         TypeError: if a dtype is not the one above.
@@ -71,7 +72,7 @@ def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, num_ids: int) -> Te
     op = "row_dots"
     try:
         return torch.ops.torchrec_cafe.row_dots.default(
-            grad, table, found.rows, found.offsets, found.source, num_ids
+            grad, table, found.rows, found.offsets, found.source, shards
         )
     except RuntimeError as error:
         if table.dtype not in (torch.float32, torch.float16):
@@ -84,7 +85,10 @@ def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, num_ids: int) -> Te
         check_tensor(op, "source", found.source, torch.int32, (found.rows.numel(),))
         shape = (found.offsets.numel() - 1, table.shape[1])
         check_tensor(op, "grad", grad, torch.float32, shape)
-        check_same_device(op, grad=grad, table=table, rows=found.rows, source=found.source)
+        check_tensor(op, "shards", shards, torch.int32, (None,))
+        check_same_device(
+            op, grad=grad, table=table, rows=found.rows, source=found.source, shards=shards
+        )
         raise value_error(op, error) from None
 
 
@@ -152,7 +156,7 @@ def _(  # noqa: PLR0913  the schema has as many arguments
 
 @torch.library.register_fake("torchrec_cafe::row_dots")
 def _(  # noqa: PLR0913  the schema has as many arguments
-    grad: Tensor, table: Tensor, rows: Tensor, offsets: Tensor, source: Tensor, num_ids: int
+    grad: Tensor, table: Tensor, rows: Tensor, offsets: Tensor, source: Tensor, shards: Tensor
 ) -> Tensor:
-    check_same_device("row_dots", grad=grad, table=table, rows=rows, source=source)
-    return grad.new_empty(num_ids)
+    check_same_device("row_dots", grad=grad, table=table, rows=rows, source=source, shards=shards)
+    return grad.new_empty(shards.shape[0])

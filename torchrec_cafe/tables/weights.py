@@ -154,7 +154,7 @@ class IdFactors:
             given: float32 ``[N]``, further factor of each id; ``None``: all one.
         """
         table = self._tbe.physical_tensors()[0]
-        of_ids = row_dots(grad.float().contiguous(), table, found, num_ids=len(batch.keys))
+        of_ids = row_dots(grad.float().contiguous(), table, found, shards=batch.shards)
         if given is not None:
             of_ids *= given
         rows, grads = key_factors_backward(

@@ -203,10 +203,12 @@ def key_factors_backward(
     return hit, sums.view(-1, WEIGHTS_PER_ROW)[hit]
 
 
-def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, num_ids: int) -> Tensor:
+def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, shards: Tensor) -> Tensor:
     """See :func:`torchrec_cafe.ops.row_dots`."""
-    dots = grad.new_zeros(num_ids)
+    dots = grad.new_zeros(len(shards))
     for bag in range(len(found.offsets) - 1):
         for m in range(int(found.offsets[bag]), int(found.offsets[bag + 1])):
+            if shards[found.source[m]] < 0:
+                continue
             dots[found.source[m]] += row_dot(grad[bag], table[found.rows[m]].float())
     return dots
