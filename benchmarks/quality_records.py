@@ -196,7 +196,7 @@ def _figures_of(records: Records, data: str, name: str, compression: float) -> I
         yield from figure(f"auc_over_{baseline}", "", values, base, target)
 
     if variant(name).ablation:
-        yield from over("cafe")
+        yield from over(variant(name).baseline)
     elif name not in ("full", "hash"):
         won = records.won_back(data, name, compression)
         target = records.target(data, name, compression)
@@ -204,5 +204,4 @@ def _figures_of(records: Records, data: str, name: str, compression: float) -> I
     if name == DEFAULT and records.judge:
         # Never negative, beyond the seeds' spread.
         yield from over("hash", -(spread(records.over(data, name, compression, "hash")) or 0.0))
-    if name == "cafe" and records.judge:
         yield from over("fresh", -RECOVERY)

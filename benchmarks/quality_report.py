@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from benchmarks.quality_records import PAPER, RECOVERY, Records, figures, spread
 from benchmarks.quality_run import BATCH_SIZE, DATA
 from benchmarks.quality_traces import plot_traces, trace_figures, trace_table
-from benchmarks.quality_variants import VARIANTS, variant
+from benchmarks.quality_variants import DEFAULT, VARIANTS, variant
 from examples.dlrm.report import command_output, machine
 from torchrec_cafe.config.text import as_text
 
@@ -27,8 +27,8 @@ _HEADINGS = {
     "auc": "Test AUC",
     "log_loss": "Test log-loss, nats",
     "won_back": "Share of Hash's AUC loss that is won back",
-    "ablation": "Changes to Cafe: AUC less Cafe's",
-    "drift": "A day after the shift: AUC less Cafe's",
+    "ablation": "Changes to cafe: AUC less cafe's",
+    "drift": f"A day after the shift: AUC less {DEFAULT}'s",
 }
 
 
@@ -67,7 +67,7 @@ def _cell(records: Records, table: str, data: str, name: str, compression: float
         if target is None:
             return text
         return _judged(text, f"{target:.0%}", met=statistics.fmean(won) >= target)
-    over = records.over(*at, "cafe")
+    over = records.over(*at, variant(name).baseline)
     text = summary(over, "+.4f")
     if name != "fresh" or not over or not records.judge:
         return text

@@ -22,17 +22,18 @@ from torchrec_cafe.distributed.kernel import CompressedEmbeddingBag
 from torchrec_cafe.ops import TABLE_COLUMNS
 from torchrec_cafe.tables import HotRowPool
 
-#: compressions at which what is compared with cafe alone is trained by default
+#: compressions at which what is compared with one other variant alone is trained by default
 _ABLATED = (100.0, 1000.0)
-#: arguments of Cafe in every variant that does not say how many weights a factor has
-WITHOUT_FACTORS = ("num_weight_hashes=0", "medium_fraction=0.3")
+#: arguments of Cafe in every variant that does not give them: ablations change one thing, and the
+#: one that they are compared with stays as it is when Cafe's defaults change
+WITHOUT_FACTORS = ("num_weight_hashes=0", "medium_fraction=0.3", "half_life=4000")
 #: Cafe as it comes: at each compression it is one of the variants
 DEFAULT = "cafe_default"
 #: by weights of a factor and share of second rows
 _DEFAULTS = {
-    (0, 0.0): "cafe_single_level",
-    (4, 0.0): "cafe:num_weight_hashes=4+medium_fraction=0",
-    (4, 0.3): "cafe_factors",
+    (0, 0.0): "cafe:half_life=16000+medium_fraction=0",
+    (4, 0.0): "cafe:half_life=16000+medium_fraction=0+num_weight_hashes=4",
+    (4, 0.3): "cafe:half_life=16000+num_weight_hashes=4",
 }
 #: variants that are made from arguments of a kind and a number of epochs, such as
 #: ``cafe:hot_fraction=.5+half_life=300`` or ``mem_rec:num_hashes=2+epochs=3``
@@ -155,7 +156,8 @@ class Variant:
             do is a variant of its own.
         mem_rec: the option ``--mem_rec``.
         epochs: how often to go through the data.
-        ablation: whether it is compared with cafe alone, at two compressions by default.
+        ablation: whether it is compared with one other variant alone, at two compressions by
+            default.
         data: data sets on which it is trained by default; empty: all.
         hook: what it does to the model, given the steps of a day.
         per_table: whether every table has a pool and a budget of its own.
@@ -172,6 +174,11 @@ class Variant:
     hook: Callable[[float], OnStep] | None = None
     per_table: bool = False
     oracle: bool = False
+
+    @property
+    def baseline(self) -> str:
+        """The variant that it is compared with."""
+        return DEFAULT if self.data else "cafe"
 
     def compressions(self, of_data: Sequence[float]) -> tuple[float, ...]:
         """What to train by default, of the compressions of a data set."""
@@ -193,8 +200,14 @@ def trained_as(name: str, compression: float) -> str:
     return _DEFAULTS[own.weight_hashes, own.second_rows]
 
 
+def _with_default(arguments: Sequence[str]) -> tuple[str, ...]:
+    given = {text.split("=")[0] for text in arguments}
+    left = (text for text in WITHOUT_FACTORS if text.split("=")[0] not in given)
+    return (*left, *arguments)
+
+
 def _ablation(text: str, *cafe: str) -> Variant:
-    return Variant(text=text, cafe=(*WITHOUT_FACTORS, *cafe), ablation=True)
+    return Variant(text=text, cafe=_with_default(cafe), ablation=True)
 
 
 VARIANTS = {
@@ -216,9 +229,8 @@ VARIANTS = {
         text="the same without second rows: ids are hot or cold", kind="cafe_single_level"
     ),
     "cafe_factors": Variant(
-        text="Cafe whose ids have learned factors of four weights, and second rows as in cafe; the "
-        "default from 300x on",
-        cafe=("num_weight_hashes=4", "medium_fraction=0.3"),
+        text="cafe whose ids have learned factors of four weights",
+        cafe=("num_weight_hashes=4", "medium_fraction=0.3", "half_life=4000"),
     ),
     "mem_rec": Variant(text="MEM-REC, a row and four weights an id", kind="mem_rec"),
     "mem_rec_two_rows": Variant(
@@ -244,24 +256,20 @@ VARIANTS = {
     "frequency": _ablation("importance is 1 per occurrence", "importance=frequency"),
     "no_decay": _ablation("scores never decay", "half_life=inf"),
     "fresh": Variant(
-        text="all scores set to zero when the last day begins",
+        text="Cafe as it comes, all scores set to zero when the last day begins",
+        cafe=(),
         ablation=True,
         data=("generator_drift",),
         hook=_fresh,
     ),
     "frozen": Variant(
-        text="hot ids fixed after the first day: no decay, no eviction",
+        text="Cafe as it comes, hot ids fixed after the first day: no decay, no eviction",
+        cafe=(),
         ablation=True,
         data=("generator_drift",),
         hook=_frozen,
     ),
 }
-
-
-def _with_default(arguments: Sequence[str]) -> tuple[str, ...]:
-    given = {text.split("=")[0] for text in arguments}
-    left = (text for text in WITHOUT_FACTORS if text.split("=")[0] not in given)
-    return (*left, *arguments)
 
 
 def variant(name: str) -> Variant:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+import torchrec_cafe as tc
 from benchmarks import quality
 from benchmarks.quality_oracle import Budget, choose_hot_ids, keep_spread, oracle_log, row_of_id
 from benchmarks.quality_records import Records, figures, won_back
@@ -25,6 +26,7 @@ from benchmarks.quality_report import summary, table_of
 from benchmarks.quality_run import Run, Study, read_records, write_record
 from benchmarks.quality_traces import FROZEN, read_trace, recalls
 from benchmarks.quality_variants import (
+    DEFAULT,
     VARIANTS,
     WITHOUT_FACTORS,
     kernels,
@@ -79,12 +81,12 @@ def test_summary_gives_mean_spread_and_seeds():
 def test_figures_and_tables_hold_cafe_to_its_targets():
     records = [record("full", 1.0, seed, 0.80 + 0.01 * seed) for seed in (0, 1)]
     records += [record("hash", 100.0, seed, 0.70 + 0.01 * seed) for seed in (0, 1)]
-    own = trained_as("cafe_default", 100.0)
+    own, at_most = trained_as(DEFAULT, 100.0), trained_as(DEFAULT, 10000.0)
     records += [record(own, 100.0, 0, 0.785), record(own, 100.0, 1, 0.793)]
     records += [record("cafe", 100.0, seed, 0.789) for seed in (0, 1)]
     records += [record("frequency", 100.0, seed, 0.784) for seed in (0, 1)]
     refused = {"status": "refused", "error": "too little"}
-    records.append(record("cafe_factors", 10000.0, 0, 0.0, **refused))
+    records.append(record(at_most, 10000.0, 0, 0.0, **refused))
     study = Records(records)
     rows = {figure.name: figure for figure in figures(study)}
     won = rows["generator/cafe_default@100x/won_back"]
@@ -100,9 +102,8 @@ def test_figures_and_tables_hold_cafe_to_its_targets():
         ["tables", "100×", "10000×"],
         ["cafe_default", "84% ± 1% (2), target 81%: met", "-"],
         ["cafe", "84% ± 7% (2)", ""],
-        ["cafe_factors", "", "-"],
     ]
-    assert study.notes("generator") == ["cafe_factors at 10000×, seed 0, refused: too little"]
+    assert study.notes("generator") == [f"{at_most} at 10000×, seed 0, refused: too little"]
     assert not any(f.target for f in figures(Records(records, judge=False)))
 
 
@@ -122,14 +123,27 @@ def test_a_study_finishes_one_seed_before_the_next():
     assert [r.name for r in chosen] == ["full@1x_seed0", "frequency@7x_seed0"]
 
 
+@pytest.mark.parametrize("compression", [10.0, 49.0, 50.0, 100.0, 299.0, 300.0, 10000.0])
+def test_what_stands_for_the_default_is_the_default(compression):
+    given = dict(text.split("=") for text in variant(trained_as(DEFAULT, compression)).cafe)
+    default = tc.Cafe(compression=compression)
+    assert {name: float(value) for name, value in given.items()} == {
+        "num_weight_hashes": default.weight_hashes,
+        "medium_fraction": default.second_rows,
+        "half_life": default.half_life,
+    }
+
+
 def test_variants_are_made_from_arguments():
-    made = variant("cafe:hot_fraction=.5+half_life=30")
-    assert made.cafe == (*WITHOUT_FACTORS, "hot_fraction=.5", "half_life=30")
+    made = variant("cafe:hot_fraction=.5+hysteresis=.3")
+    assert made.cafe == (*WITHOUT_FACTORS, "hot_fraction=.5", "hysteresis=.3")
     assert made.ablation
     assert variant("cafe:num_weight_hashes=2").cafe == (
         "medium_fraction=0.3",
+        "half_life=4000",
         "num_weight_hashes=2",
     )
+    assert variant("no_decay").cafe == (*WITHOUT_FACTORS[:2], "half_life=inf")
     made = variant("mem_rec:num_hashes=2+epochs=3")
     assert (made.kind, made.mem_rec, made.epochs) == ("mem_rec", ("num_hashes=2",), 3)
     assert not made.ablation

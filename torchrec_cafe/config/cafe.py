@@ -112,7 +112,7 @@ class Cafe(TableKind):
     importance: str = "gradient_norm"
     threshold: float | None = None
     hysteresis: float = 0.1
-    half_life: float = 4000.0
+    half_life: float = 16000.0
     rebalance_interval: int = 16
     num_shards: int | None = None
     pool: str = ""
