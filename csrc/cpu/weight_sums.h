@@ -27,8 +27,9 @@ class WeightSums {
     }
   }
 
-  // Asks for where gradients will be added.
-  void ask_for(const BloomBits& bits, int size, int num_hashes) const {
+  // Asks for where gradients will be added; inlined for sure, as in row_kernel.h.
+  __attribute__((always_inline)) void ask_for(const BloomBits& bits, int size,
+                                              int num_hashes) const {
     if (!in_place_) return;
     for (int h = 0; h < num_hashes; ++h) {
       for (int i = 0; i < size; ++i) {
