@@ -18,7 +18,6 @@ import pytest
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-import torchrec_cafe as tc
 from benchmarks import quality
 from benchmarks.quality_oracle import Budget, choose_hot_ids, keep_spread, oracle_log, row_of_id
 from benchmarks.quality_records import Records, figures, won_back
@@ -121,17 +120,6 @@ def test_a_study_finishes_one_seed_before_the_next():
     assert not any(r.variant == "fresh" for r in runs if r.data == "promotions")
     chosen = quality.plan_runs(["generator"], ["full", "frequency"], [7.0], 1)
     assert [r.name for r in chosen] == ["full@1x_seed0", "frequency@7x_seed0"]
-
-
-@pytest.mark.parametrize("compression", [10.0, 49.0, 50.0, 100.0, 299.0, 300.0, 10000.0])
-def test_what_stands_for_the_default_is_the_default(compression):
-    given = dict(text.split("=") for text in variant(trained_as(DEFAULT, compression)).cafe)
-    default = tc.Cafe(compression=compression)
-    assert {name: float(value) for name, value in given.items()} == {
-        "num_weight_hashes": default.weight_hashes,
-        "medium_fraction": default.second_rows,
-        "half_life": default.half_life,
-    }
 
 
 def test_variants_are_made_from_arguments():

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import torchrec_cafe as tc
 from benchmarks import quality
 from benchmarks.quality_records import Records
 from benchmarks.quality_run import Run, Study, restore, write_record
+from benchmarks.quality_variants import DEFAULT, trained_as, variant
 
 RUN = Run("generator", "hash", 100.0, 0)
 
@@ -47,9 +49,9 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str):
 def test_cafe_as_it_comes_stands_for_another_variant_at_each_compression():
     runs = quality.plan_runs(["generator"], ["cafe_default"], [10, 100, 1000], 1)
     assert [run.variant for run in runs] == [
-        "cafe_single_level",
-        "cafe:num_weight_hashes=4+medium_fraction=0",
-        "cafe_factors",
+        "cafe:half_life=16000+medium_fraction=0",
+        "cafe:half_life=16000+medium_fraction=0+num_weight_hashes=4",
+        "cafe:half_life=16000+num_weight_hashes=4",
     ]
     made = [{"data": r.data, "variant": r.variant, "compression": r.compression} for r in runs]
     records = Records([run | {"seed": 0, "status": "done", "auc": 0.7} for run in made])
@@ -57,6 +59,17 @@ def test_cafe_as_it_comes_stands_for_another_variant_at_each_compression():
     assert records.compressions("generator", ["cafe_default"]) == [10, 100, 1000]
     assert "cafe_default" in records.variants("generator", ablation=False)
     assert len(list(records)) == 3  # it is no run of its own
+
+
+@pytest.mark.parametrize("compression", [10.0, 49.0, 50.0, 100.0, 299.0, 300.0, 10000.0])
+def test_what_stands_for_the_default_is_the_default(compression):
+    given = dict(text.split("=") for text in variant(trained_as(DEFAULT, compression)).cafe)
+    default = tc.Cafe(compression=compression)
+    assert {name: float(value) for name, value in given.items()} == {
+        "num_weight_hashes": default.weight_hashes,
+        "medium_fraction": default.second_rows,
+        "half_life": default.half_life,
+    }
 
 
 def test_bytes_over_the_budget_are_named():
