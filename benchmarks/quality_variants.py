@@ -178,7 +178,7 @@ class Variant:
     @property
     def baseline(self) -> str:
         """The variant that it is compared with."""
-        return DEFAULT if self.data else "cafe"
+        return "cafe" if self.cafe else DEFAULT
 
     def compressions(self, of_data: Sequence[float]) -> tuple[float, ...]:
         """What to train by default, of the compressions of a data set."""
@@ -223,14 +223,15 @@ VARIANTS = {
         cafe=(),
     ),
     "cafe": Variant(
-        text="Cafe without learned factors: ids between hot and cold look up two shared rows"
+        text="Cafe without learned factors, with a half-life of 4000 bags per hot row: ids between "
+        "hot and cold look up two shared rows"
     ),
     "cafe_single_level": Variant(
         text="the same without second rows: ids are hot or cold", kind="cafe_single_level"
     ),
     "cafe_factors": Variant(
         text="cafe whose ids have learned factors of four weights",
-        cafe=("num_weight_hashes=4", "medium_fraction=0.3", "half_life=4000"),
+        cafe=_with_default(("num_weight_hashes=4",)),
     ),
     "mem_rec": Variant(text="MEM-REC, a row and four weights an id", kind="mem_rec"),
     "mem_rec_two_rows": Variant(

@@ -177,9 +177,7 @@ struct TokenRows {
     if (i >= block.size) return;
     for (int h = 0; h < num_hashes; ++h) {
       const int64_t row = block.rows.at[h][i] < 0 ? 0 : block.rows.at[h][i];
-      const auto* bytes = reinterpret_cast<const char*>(rows + row * dim);
-      const int64_t size = dim * static_cast<int64_t>(sizeof(T));
-      for (int64_t line = 0; line < size; line += 64) __builtin_prefetch(bytes + line);
+      ask_for(rows + row * dim, dim * static_cast<int64_t>(sizeof(T)));
     }
   }
 

@@ -47,6 +47,9 @@ def begin(config: TrainConfig) -> ClickLog:
     Args:
         config: options of the run.
 
+    Returns:
+        The data set.
+
     Raises:
         ValueError: for options or data that cannot be used.
         OSError: if a file cannot be read or written.
