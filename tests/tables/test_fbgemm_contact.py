@@ -14,6 +14,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from torchrec_cafe.tables import SlotTBE
+from torchrec_cafe.tables._fbgemm import RowRangeTBE, cpu_update
 
 
 def slots(**fused_params: Any) -> SlotTBE:
@@ -54,6 +55,54 @@ def test_updates_that_do_not_count_lookups(optimizer: EmbOptimType):
         tbe.pool(ids, offsets, None).sum().backward()
         weights.append(tbe.physical_tensors()[0])
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [EmbOptimType.EXACT_SGD, EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD],
+)
+@pytest.mark.parametrize("options", [{}, {"gradient_clipping": True, "max_gradient": 0.5}])
+def test_an_update_is_that_of_a_backward_pass(optimizer: EmbOptimType, options: dict[str, Any]):
+    assert cpu_update(optimizer) is not None, "FBGEMM's operator has other arguments now"
+    generator = torch.Generator().manual_seed(0)
+    ours, fbgemm = (row_ranges(optimizer=optimizer, **options) for _ in range(2))
+    for learning_rate in (1.0, 0.25):
+        rows = torch.randint(0, 50, (40,), generator=generator)
+        grads = torch.randn((40, 8), generator=generator)
+        for tbe in (ours, fbgemm):
+            tbe.set_learning_rate(learning_rate)
+        ours.update(rows, grads.clone())
+        fbgemm.pool(rows, torch.arange(41), None).backward(grads)
+        for tensor, expected in zip(
+            ours.physical_tensors(), fbgemm.physical_tensors(), strict=True
+        ):
+            assert torch.equal(tensor, expected)
+
+
+def test_an_update_of_an_optimizer_that_counts_lookups_looks_up():
+    options: dict[str, Any] = {
+        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        "weight_decay": 0.1,
+        "weight_decay_mode": WeightDecayMode.COUNTER,
+        "counter_based_regularization": CounterBasedRegularizationDefinition(),
+    }
+    ours, fbgemm = (row_ranges(**options) for _ in range(2))
+    rows, grads = torch.tensor([3, 4, 3]), torch.ones(3, 8)
+    ours.update(rows, grads)
+    fbgemm.pool(rows, torch.arange(4), None).backward(grads)
+    assert torch.equal(ours.physical_tensors()[0], fbgemm.physical_tensors()[0])
+
+
+def row_ranges(**fused_params: Any) -> RowRangeTBE:
+    tbe = RowRangeTBE(
+        [50],
+        8,
+        weights_precision=SparseType.FP32,
+        device=torch.device("cpu"),
+        fused_params={"learning_rate": 1.0, **fused_params},
+    )
+    tbe.physical_tensors()[0].fill_(1.0)
+    return tbe
 
 
 def test_hooks_run_right_before_and_after_the_update():

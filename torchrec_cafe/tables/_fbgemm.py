@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -19,6 +20,45 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor
+
+
+class Update(NamedTuple):
+    """FBGEMM's operator of an optimizer's step, and the names of its arguments."""
+
+    operator: Callable[..., None]
+    arguments: tuple[str, ...]
+
+
+# Arguments of the operators that are the optimizer's; all others but those of a call are attributes
+# of the TBE of the same name.
+_OF_OPTIMIZER = frozenset(
+    {"stochastic_rounding", "eps", "weight_decay", "weight_decay_mode", "max_norm"}
+)
+_KNOWN = _OF_OPTIMIZER | {
+    *("grad_output", "indices", "offsets", "indice_weights", "pooling_mode", "output_dtype"),
+    *("host_weights", "weights_placements", "weights_offsets", "D_offsets", "max_D"),
+    *("hash_size_cumsum", "total_hash_size_bits", "learning_rate_tensor"),
+    *("momentum1_host", "momentum1_placements", "momentum1_offsets"),
+}
+
+
+@functools.cache
+def cpu_update(optimizer: EmbOptimType) -> Update | None:
+    """The operator of an optimizer on a CPU; ``None``: there is none that is called as we know."""
+    names = {
+        EmbOptimType.EXACT_SGD: "sgd",
+        EmbOptimType.EXACT_ADAGRAD: "adagrad",
+        EmbOptimType.EXACT_ROWWISE_ADAGRAD: "rowwise_adagrad",
+    }
+    if optimizer not in names:
+        return None
+    name = f"split_embedding_backward_codegen_{names[optimizer]}_cpu"
+    operator = getattr(getattr(torch.ops.fbgemm, name, None), "default", None)
+    if operator is None:
+        return None
+    schema = operator._schema  # noqa: SLF001  nothing else tells the arguments
+    arguments = tuple(argument.name for argument in schema.arguments)
+    return Update(operator, arguments) if _KNOWN.issuperset(arguments) else None
 
 
 class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
@@ -109,6 +149,41 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
             per_sample_weights=factors,
             feature_requires_grad=unneeded,
         )
+
+    def update(self, rows: Tensor, grads: Tensor) -> None:
+        """Let the optimizer step on rows, as the backward pass of a lookup of each would.
+
+        On a CPU FBGEMM's operator of that backward pass is called by itself, where it is known how:
+        a lookup only for the sake of its gradient takes longer than the step.
+
+        Args:
+            rows: int64 ``[N]``, rows of the physical table, which may repeat.
+            grads: float32 ``[N, D]``, their gradients.
+        """
+        starts = torch.arange(len(rows) + 1, device=rows.device)
+        update = None if self.counts_by_row else cpu_update(self.optimizer)
+        if update is None or rows.device.type != "cpu":
+            with torch.enable_grad():
+                looked_up = self(indices=rows, offsets=starts)
+            looked_up.backward(grads)
+            return
+        options = self.optimizer_args
+        if options.gradient_clipping:
+            grads = grads.clamp(-options.max_gradient, options.max_gradient)
+        given = {
+            "grad_output": grads,
+            "indices": rows,
+            "offsets": starts,
+            "indice_weights": None,
+            "host_weights": self.weights_host,
+        }
+        update.operator(*(self._argument(name, given) for name in update.arguments))
+
+    def _argument(self, name: str, given: dict[str, Any]) -> Any:  # noqa: ANN401  of any type
+        """An argument of FBGEMM's operator: given, of the optimizer, or an attribute of the TBE."""
+        if name in given:
+            return given[name]
+        return getattr(self.optimizer_args if name in _OF_OPTIMIZER else self, name)
 
     def presented_tensors(self) -> list[Tensor]:
         """The rows and states of all logical tables, one after the other."""

@@ -115,10 +115,7 @@ class WeightTable(ShardedState):
             self.tbe.set_learning_rate(learning_rate)
         if self.touched is not None:
             self.touched.mark(rows)
-        with torch.enable_grad():
-            starts = torch.arange(len(rows) + 1, device=rows.device)
-            looked_up = self.tbe(indices=rows, offsets=starts)
-        looked_up.backward(grads)
+        self.tbe.update(rows, grads)
 
 
 @final
