@@ -199,9 +199,13 @@ def calls(inputs: Inputs) -> dict[str, Call]:
             inputs.moves.actions.numel() + moved * (8 + 8 * dim),
             (inputs.rows,),
         ),
-        "key_factors": _factors(inputs),
+        **_factors(inputs),
         "row_dots": Call(
-            lambda m: m.row_dots(inputs.grad, inputs.rows, inputs.lookups, shards=batch.shards),
+            lambda m: m.row_dots(
+                *(inputs.grad, inputs.rows, inputs.lookups),
+                shards=batch.shards,
+                features=inputs.features,
+            ),
             4 * bags * dim + bag_bytes + (4 * dim + 12 + 4) * n,
         ),
     } | _mem_rec(inputs)
@@ -239,9 +243,21 @@ def _mix(inputs: Inputs) -> Call:
     )
 
 
-def _factors(inputs: Inputs) -> Call:
-    batch = inputs.batch
-    return Call(
-        lambda m: m.key_factors(inputs.weights, batch.keys, batch.shards, num_hashes=NUM_HASHES),
-        (12 + 4 * NUM_HASHES + 4) * inputs.sizes.num_ids,
-    )
+def _factors(inputs: Inputs) -> dict[str, Call]:
+    batch, n = inputs.batch, inputs.sizes.num_ids
+    line = 4 * ops.WEIGHTS_PER_LINE
+    options: dict[str, Any] = {"shape": tuple(inputs.weights.shape), "num_hashes": NUM_HASHES}
+    return {
+        "key_factors": Call(
+            lambda m: m.key_factors(
+                inputs.weights, batch.keys, batch.shards, num_hashes=NUM_HASHES
+            ),
+            (12 + line + 4) * n,
+        ),
+        "key_factors_backward": Call(
+            lambda m: m.key_factors_backward(
+                inputs.importance, batch.keys, batch.shards, **options
+            ),
+            (4 + 12 + 8 + line) * n,
+        ),
+    }

@@ -26,15 +26,12 @@ from torchrec_cafe.tables import HotRowPool
 _ABLATED = (100.0, 1000.0)
 #: arguments of Cafe in every variant that does not give them: ablations change one thing, and the
 #: one that they are compared with stays as it is when Cafe's defaults change
-WITHOUT_FACTORS = ("num_weight_hashes=0", "medium_fraction=0.3", "half_life=4000")
+BASELINE_CAFE = ("num_weight_hashes=0", "medium_fraction=0.3", "half_life=4000")
 #: Cafe as it comes: at each compression it is one of the variants
 DEFAULT = "cafe_default"
-#: by weights of a factor and share of second rows
-_DEFAULTS = {
-    (0, 0.0): "cafe:half_life=16000+medium_fraction=0",
-    (4, 0.0): "cafe:half_life=16000+medium_fraction=0+num_weight_hashes=4",
-    (4, 0.3): "cafe:half_life=16000+num_weight_hashes=4",
-}
+_WITHOUT = "cafe:half_life=16000+medium_fraction=0"
+#: by weights of a factor
+_DEFAULTS = {0: _WITHOUT, 2: f"{_WITHOUT}+num_weight_hashes=2+weight_fraction=0.6"}
 #: variants that are made from arguments of a kind and a number of epochs, such as
 #: ``cafe:hot_fraction=.5+half_life=300`` or ``mem_rec:num_hashes=2+epochs=3``
 _GENERIC = re.compile(r"(full|hash|cafe|mem_rec):([^/]+)")
@@ -166,7 +163,7 @@ class Variant:
 
     text: str
     kind: str = "cafe"
-    cafe: tuple[str, ...] = WITHOUT_FACTORS
+    cafe: tuple[str, ...] = BASELINE_CAFE
     mem_rec: tuple[str, ...] = ()
     epochs: int = 1
     ablation: bool = False
@@ -196,13 +193,12 @@ def trained_as(name: str, compression: float) -> str:
     """
     if name != DEFAULT:
         return name
-    own = tc.Cafe(compression=compression)
-    return _DEFAULTS[own.weight_hashes, own.second_rows]
+    return _DEFAULTS[tc.Cafe(compression=compression).weight_hashes]
 
 
 def _with_default(arguments: Sequence[str]) -> tuple[str, ...]:
     given = {text.split("=")[0] for text in arguments}
-    left = (text for text in WITHOUT_FACTORS if text.split("=")[0] not in given)
+    left = (text for text in BASELINE_CAFE if text.split("=")[0] not in given)
     return (*left, *arguments)
 
 
@@ -219,7 +215,7 @@ VARIANTS = {
     ),
     "quotient_remainder": Variant(text="QuotientRemainder", kind="quotient_remainder"),
     DEFAULT: Variant(
-        text="Cafe as it comes: learned factors of ids from 50x on, second rows from 300x on",
+        text="Cafe as it comes: learned factors of ids from 50x on",
         cafe=(),
     ),
     "cafe": Variant(
@@ -228,10 +224,6 @@ VARIANTS = {
     ),
     "cafe_single_level": Variant(
         text="the same without second rows: ids are hot or cold", kind="cafe_single_level"
-    ),
-    "cafe_factors": Variant(
-        text="cafe whose ids have learned factors of four weights",
-        cafe=_with_default(("num_weight_hashes=4",)),
     ),
     "mem_rec": Variant(text="MEM-REC, a row and four weights an id", kind="mem_rec"),
     "mem_rec_two_rows": Variant(

@@ -11,7 +11,7 @@ namespace torchrec_cafe {
 // Hash functions of an encoding, and bits that an id can set.
 inline constexpr int kMaxHashes = 16;
 // Weights that lie in one row of FBGEMM, whose rows have a multiple of four columns.
-inline constexpr int64_t kWeightsPerRow = 4;
+inline constexpr int kWeightsPerRow = 4;
 
 // Ids that a CPU encodes together.
 inline constexpr int kBloomBlock = 64;

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "bloom.h"
+#include "factor_lines.h"
 #include "hot_sketch.h"
 #include "row_map.h"
 
@@ -136,6 +137,11 @@ inline void check_observe(const Tensor& keys, const Tensor& shards, const Tensor
   check_apart(counters, "counters", keys, shards, importance);
 }
 
+inline void check_bags_of_features(const Tensor& grad, const Tensor& features) {
+  STD_TORCH_CHECK(features.numel() > 0 && grad.size(0) % features.numel() == 0,
+                  "grad must be [samples * features, dim]");
+}
+
 inline void check_learn(const Tensor& grad, const Tensor& offsets, const Tensor& keys,
                         const Tensor& shards, const Tensor& weights, const Tensor& features,
                         const Tensor& norms, const Tensor& buckets, const Tensor& inflation,
@@ -153,8 +159,7 @@ inline void check_learn(const Tensor& grad, const Tensor& offsets, const Tensor&
       shards.numel() == keys.numel() && (weights.numel() == keys.numel() || weights.numel() == 0),
       "keys, shards and weights must have the same length");
   STD_TORCH_CHECK(offsets.numel() == grad.size(0) + 1, "offsets must have a number for each bag");
-  STD_TORCH_CHECK(features.numel() > 0 && grad.size(0) % features.numel() == 0,
-                  "grad must be [samples * features, dim]");
+  check_bags_of_features(grad, features);
   STD_TORCH_CHECK(grad.size(1) % 4 == 0, "grad must have a multiple of 4 columns");
   check_statistics(buckets, inflation, counters);
   STD_TORCH_CHECK(norms.size(0) == buckets.size(0) && norms.size(2) == 2,
@@ -239,17 +244,19 @@ inline void check_keys(const Tensor& keys, const Tensor& shards, int64_t shards_
   check_device(keys, shards);
   STD_TORCH_CHECK(keys.numel() == shards.numel(), "`shards` must have as many elements as `keys`, ",
                   keys.numel(), ", got ", shards.numel());
-  STD_TORCH_CHECK(num_hashes >= 1 && num_hashes <= kMaxHashes, "`num_hashes` must be in [1, ",
-                  kMaxHashes, "], got ", num_hashes);
+  STD_TORCH_CHECK(num_hashes >= 1 && num_hashes <= kMaxLineHashes, "`num_hashes` must be in [1, ",
+                  kMaxLineHashes, "], got ", num_hashes);
   STD_TORCH_CHECK(shards_held >= 0 && weights_per_shard >= 1,
                   "`shards_held` must be at least 0, and the weights of a shard at least 1");
-  check_weights_per_shard(weights_per_shard);
+  STD_TORCH_CHECK(weights_per_shard % kLineWeights == 0, "`weights` must have a multiple of ",
+                  kLineWeights, " columns, got ", weights_per_shard);
   check_count(shards_held, weights_per_shard, "the weights of a rank");
-  check_count(num_hashes * keys.numel(), "num_hashes times keys");
+  check_count(keys.numel(), "keys");
 }
 
 inline void check_row_dots(const Tensor& grad, const Tensor& table, const Tensor& rows,
-                           const Tensor& offsets, const Tensor& source, const Tensor& shards) {
+                           const Tensor& offsets, const Tensor& source, const Tensor& shards,
+                           const Tensor& features) {
   check_tensor(grad, "grad", ScalarType::Float, 2);
   STD_TORCH_CHECK(
       table.scalar_type() == ScalarType::Float || table.scalar_type() == ScalarType::Half,
@@ -259,7 +266,9 @@ inline void check_row_dots(const Tensor& grad, const Tensor& table, const Tensor
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
   check_tensor(source, "source", ScalarType::Int, 1);
   check_tensor(shards, "shards", ScalarType::Int, 1);
-  check_device(grad, table, rows, offsets, source, shards);
+  check_tensor(features, "features", ScalarType::Long, 1);
+  check_device(grad, table, rows, offsets, source, shards, features);
+  check_bags_of_features(grad, features);
   STD_TORCH_CHECK(grad.size(0) == offsets.numel() - 1 && grad.size(1) == table.size(1),
                   "`grad` must have a row for each bag, and the columns of `table`");
   STD_TORCH_CHECK(source.numel() == rows.numel(), "`source` must be as long as `rows`");

@@ -41,8 +41,7 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       " int weights_per_shard, int num_hashes) -> (Tensor rows, Tensor grads)");
   m.def(
       "row_dots(Tensor grad, Tensor table, Tensor rows, Tensor offsets, Tensor source,"
-      " Tensor shards)"
-      " -> Tensor");
+      " Tensor shards, Tensor features) -> Tensor");
   m.def(
       "bloom_union(Tensor ids, Tensor offsets, Tensor tables, int first_shard, int shards_held,"
       " int bits_per_shard, int num_hashes, int first_pair) -> (Tensor bits, Tensor offsets)");

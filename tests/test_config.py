@@ -13,7 +13,7 @@ import torchrec_cafe as tc
 from torchrec_cafe.config import TableShape, remainder_rows
 from torchrec_cafe.config import memory as constants
 from torchrec_cafe.config.hashing import fewest_rows
-from torchrec_cafe.ops import SketchState, SlotMapState, bloom
+from torchrec_cafe.ops import WEIGHTS_PER_LINE, SketchState, SlotMapState, bloom
 
 
 def shapes(*sizes: int, dim: int = 16) -> list[TableShape]:
@@ -137,26 +137,28 @@ def test_two_tables_of_mem_rec_fill_the_budget():
     assert (tiny.num_shards, tiny.token_rows_per_shard, tiny.weights_per_shard) == (1, 3, 4)
 
 
-def test_weights_of_cafe_are_as_many_as_its_rows():
-    tables = shapes(1_000_000, 500_000, 10, dim=16)
-    allocation = tc.Cafe(compression=100, num_weight_hashes=4).allocate(tables)
-    rows = allocation.num_shards * (
-        allocation.hot_rows_per_shard + allocation.second_rows_per_shard
-    ) + sum(allocation.shared_rows[name] for name in allocation.tracked)
-    weights = allocation.num_shards * allocation.weights_per_shard
-    assert rows < weights < 1.3 * rows  # the sketch takes bytes, too
+@pytest.mark.parametrize("dim", [16, 128])
+def test_weights_of_cafe_take_their_share_of_the_budget(dim: int):
+    tables = shapes(1_000_000, 500_000, 10, dim=dim)
+    kind = tc.Cafe(compression=100, num_weight_hashes=4, weight_fraction=0.3)
+    allocation = kind.allocate(tables)
+    whole = 10 * dim * 4
+    weights = allocation.num_shards * allocation.weights_per_shard * constants.WEIGHT_BYTES
+    budget = sum(table.dense_bytes for table in tables) / 100 - whole
+    assert weights == pytest.approx(0.3 * budget, rel=0.01)
     plain = tc.Cafe(compression=100, num_weight_hashes=0).allocate(tables)
     assert plain.weights_per_shard == 0
-    assert abs(plain.memory.total_bytes - allocation.memory.total_bytes) < 5000
+    assert plain.memory.total_bytes == pytest.approx(allocation.memory.total_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("compression", "factors", "second_rows"), [(10, 0, 0), (100, 4, 0), (1000, 4, 0.3)]
+    ("compression", "hashes", "factors", "second_rows"),
+    [(10, None, 0, 0), (100, None, 2, 0), (1000, None, 2, 0), (100, 0, 0, 0), (1000, 0, 0, 0.3)],
 )
 def test_factors_and_second_rows_come_with_the_compression(
-    compression: float, factors: int, second_rows: float
+    compression: float, hashes: int | None, factors: int, second_rows: float
 ):
-    kind = tc.Cafe(compression=compression)
+    kind = tc.Cafe(compression=compression, num_weight_hashes=hashes)
     assert (kind.weight_hashes, kind.second_rows) == (factors, second_rows)
     allocation = kind.allocate(shapes(10_000_000, 5_000_000, dim=16))
     assert (allocation.weights_per_shard > 0) == (factors > 0)
@@ -239,6 +241,7 @@ def test_too_much_compression_names_what_works():
 
 def test_constants_that_layers_may_not_share_agree():
     assert constants.WEIGHTS_PER_ROW == bloom.WEIGHTS_PER_ROW
+    assert constants.WEIGHTS_PER_LINE == WEIGHTS_PER_LINE
     bits = bloom.BloomBits(
         first_shard=0, shards_held=1, per_shard=4, num_hashes=constants.MAX_HASHES
     )
@@ -275,6 +278,6 @@ def test_look_ahead_tables_refuse_bad_arguments(arguments, message):
 
 def test_factors_come_where_many_ids_share_a_row():
     hashes = {c: tc.Cafe(compression=c).weight_hashes for c in (1, 10, 49, 50, 1000)}
-    assert hashes == {1: 0, 10: 0, 49: 0, 50: 4, 1000: 4}
+    assert hashes == {1: 0, 10: 0, 49: 0, 50: 2, 1000: 2}
     assert tc.Cafe(compression=1000, num_weight_hashes=0).weight_hashes == 0
     assert tc.Cafe(compression=10, num_weight_hashes=2).weight_hashes == 2

@@ -25,9 +25,9 @@ from benchmarks.quality_report import summary, table_of
 from benchmarks.quality_run import Run, Study, read_records, write_record
 from benchmarks.quality_traces import FROZEN, read_trace, recalls
 from benchmarks.quality_variants import (
+    BASELINE_CAFE,
     DEFAULT,
     VARIANTS,
-    WITHOUT_FACTORS,
     kernels,
     per_table,
     pools,
@@ -124,14 +124,14 @@ def test_a_study_finishes_one_seed_before_the_next():
 
 def test_variants_are_made_from_arguments():
     made = variant("cafe:hot_fraction=.5+hysteresis=.3")
-    assert made.cafe == (*WITHOUT_FACTORS, "hot_fraction=.5", "hysteresis=.3")
+    assert made.cafe == (*BASELINE_CAFE, "hot_fraction=.5", "hysteresis=.3")
     assert made.ablation
     assert variant("cafe:num_weight_hashes=2").cafe == (
         "medium_fraction=0.3",
         "half_life=4000",
         "num_weight_hashes=2",
     )
-    assert variant("no_decay").cafe == (*WITHOUT_FACTORS[:2], "half_life=inf")
+    assert variant("no_decay").cafe == (*BASELINE_CAFE[:2], "half_life=inf")
     made = variant("mem_rec:num_hashes=2+epochs=3")
     assert (made.kind, made.mem_rec, made.epochs) == ("mem_rec", ("num_hashes=2",), 3)
     assert not made.ablation

@@ -50,8 +50,8 @@ def test_cafe_as_it_comes_stands_for_another_variant_at_each_compression():
     runs = quality.plan_runs(["generator"], ["cafe_default"], [10, 100, 1000], 1)
     assert [run.variant for run in runs] == [
         "cafe:half_life=16000+medium_fraction=0",
-        "cafe:half_life=16000+medium_fraction=0+num_weight_hashes=4",
-        "cafe:half_life=16000+num_weight_hashes=4",
+        "cafe:half_life=16000+medium_fraction=0+num_weight_hashes=2+weight_fraction=0.6",
+        "cafe:half_life=16000+medium_fraction=0+num_weight_hashes=2+weight_fraction=0.6",
     ]
     made = [{"data": r.data, "variant": r.variant, "compression": r.compression} for r in runs]
     records = Records([run | {"seed": 0, "status": "done", "auc": 0.7} for run in made])
@@ -65,6 +65,8 @@ def test_cafe_as_it_comes_stands_for_another_variant_at_each_compression():
 def test_what_stands_for_the_default_is_the_default(compression):
     given = dict(text.split("=") for text in variant(trained_as(DEFAULT, compression)).cafe)
     default = tc.Cafe(compression=compression)
+    weight_fraction = float(given.pop("weight_fraction", default.weight_fraction))
+    assert weight_fraction == default.weight_fraction
     assert {name: float(value) for name, value in given.items()} == {
         "num_weight_hashes": default.weight_hashes,
         "medium_fraction": default.second_rows,

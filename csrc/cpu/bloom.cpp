@@ -184,10 +184,14 @@ std::tuple<Tensor, Tensor> bloom_weigh_backward_cpu(
   each_bag_range(batch, ids.numel(), [&](int64_t feature, int64_t first, int64_t last) {
     kernels().bloom_dots(in, feature, first, last, dots.get());
   });
-  WeightSums sums(shards_held * weights_per_shard, num_weight_hashes * ids.numel());
+  WeightSums<kWeightsPerRow> sums(shards_held * weights_per_shard / kWeightsPerRow,
+                                  num_weight_hashes * ids.numel());
   batch.each_feature(0, ids.numel(), [&](const Table& table, int64_t first, int64_t last) {
     each_encoded(batch, encoder, table, first, last, [&](int64_t id, const BloomBits& bits, int i) {
-      sums.add(bits, i, encoder.num_hashes, dots[id]);
+      for (int h = 0; h < encoder.num_hashes; ++h) {
+        const int32_t bit = bits.at[h][i];
+        if (bit >= 0) sums.add(bit / kWeightsPerRow, bit % kWeightsPerRow, dots[id]);
+      }
     });
   });
   return sums.by_row();

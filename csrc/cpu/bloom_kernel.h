@@ -64,33 +64,6 @@ void bloom_encode(const BloomEncoder& encoder, const Table& table, const int64_t
   set_bits(encoder, block, bits);
 }
 
-// Keys that are passed over at once if none has a shard, as in tables that are not tracked.
-constexpr int kKeyRun = 16;
-
-int64_t encode_keys(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards,
-                    int64_t from, int64_t size, KeyBlock& block) {
-  BlockOfIds found;
-  while (from < size && found.size < kBloomBlock) {
-    const int run = size - from < kKeyRun ? static_cast<int>(size - from) : kKeyRun;
-    int32_t all = -1;
-    for (int i = 0; i < run; ++i) all &= shards[from + i];
-    if (all < 0) {
-      from += run;
-      continue;
-    }
-    // No condition on the shard: whether a key has one is a coin toss for the branch predictor.
-    for (const int64_t end = from + run; from < end && found.size < kBloomBlock; ++from) {
-      block.at[found.size] = from;
-      found.keys[found.size] = keys[from];
-      found.shards[found.size] = shards[from];
-      found.size += shards[from] >= 0;
-    }
-  }
-  set_bits(encoder, found, block.bits);
-  block.size = found.size;
-  return from;
-}
-
 // One id after the other: vector instructions would gather, which is slower than loads.
 inline void add_weights(const BloomBits& bits, int num_hashes, const float* __restrict__ weights,
                         int size, float* __restrict__ factors) {
@@ -112,27 +85,6 @@ void bloom_factors(const BloomEncoder& encoder, const Table& table, const int64_
     const int block = size - from < kBloomBlock ? static_cast<int>(size - from) : kBloomBlock;
     bloom_encode(encoder, table, ids + from, block, bits);
     add_weights(bits, encoder.num_hashes, weights, block, factors + from);
-  }
-}
-
-void key_factors(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards,
-                 int64_t size, const float* weights, float* factors) {
-  for (int64_t i = 0; i < size; ++i) factors[i] = 1.0f;
-  // The weights of a block are asked for while those of the one before are added up.
-  KeyBlock blocks[2];
-  float found[kBloomBlock];
-  int current = 0;
-  int64_t next = encode_keys(encoder, keys, shards, 0, size, blocks[0]);
-  while (blocks[current].size > 0) {
-    const KeyBlock& block = blocks[current];
-    KeyBlock& ahead = blocks[current ^= 1];
-    next = encode_keys(encoder, keys, shards, next, size, ahead);
-    for (int h = 0; h < encoder.num_hashes; ++h) {
-      const int32_t* at = ahead.bits.at[h];
-      for (int i = 0; i < ahead.size; ++i) __builtin_prefetch(weights + (at[i] < 0 ? 0 : at[i]));
-    }
-    add_weights(block.bits, encoder.num_hashes, weights, block.size, found);
-    for (int i = 0; i < block.size; ++i) factors[block.at[i]] = found[i];
   }
 }
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 
 #include "bloom.h"
+#include "cpu/row_places.h"
+#include "factor_lines.h"
 #include "hot_sketch.h"
 #include "importance.h"
 #include "row_map.h"
@@ -70,16 +72,24 @@ struct RowDots {
   int64_t dim;
   const int64_t* rows;
   const int64_t* offsets;
-  const int32_t* source;  // of each row; equal ones lie side by side
-  const int32_t* shards;  // of each id; below 0: nothing is wanted
-  int64_t size;           // of `rows`
+  const int32_t* source;    // of each row; equal ones lie side by side
+  const int32_t* shards;    // of each id; below 0: nothing is wanted
+  const int64_t* features;  // of a sample, those whose bags are wanted
+  int64_t num_wanted;
+  int64_t num_features;  // bag b * num_features + f is sample b of feature f
+  int64_t num_rows;
+  int64_t num_ids;
 };
 
+// Keys that a CPU encodes together.
+inline constexpr int kLineBlock = 64;
+
 // Keys that have weights, encoded.
-struct KeyBlock {
-  int64_t at[kBloomBlock];  // which of the batch's keys
+struct LineBlock {
+  int64_t at[kLineBlock];  // which of the batch's keys
+  int32_t lines[kLineBlock];
+  uint32_t masks[kLineBlock];  // weights of the line
   int size;
-  BloomBits bits;
 };
 
 struct Kernels {
@@ -93,10 +103,6 @@ struct Kernels {
 
   // How many shards are not below 0.
   int64_t (*count_shards)(const int32_t* shards, int64_t size);
-
-  // Whether all rows are in [0, num_rows), and all sources in [0, num_ids).
-  bool (*lookups_fit)(const int64_t* rows, const int32_t* source, int64_t size, int64_t num_rows,
-                      int64_t num_ids);
 
   // Inserts all occurrences, in order.
   void (*observe)(const HotSketch& sketch, const Occurrences& seen, Events* events);
@@ -130,18 +136,24 @@ struct Kernels {
   void (*bloom_encode)(const BloomEncoder& encoder, const Table& table, const int64_t* ids,
                        int size, BloomBits& bits);
 
-  // Encodes the next keys that have a shard, at most kBloomBlock, from that at `from` on. Returns
+  // Encodes the next keys that have a shard, at most kLineBlock, from that at `from` on. Returns
   // where to go on, `size` at last.
-  int64_t (*encode_keys)(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards,
-                         int64_t from, int64_t size, KeyBlock& block);
+  int64_t (*encode_keys)(const LineEncoder& encoder, const int64_t* keys, const int32_t* shards,
+                         int64_t from, int64_t size, LineBlock& block);
 
   // Adds up the weights of each key; the factor of one whose shard is below 0 is 1.
-  void (*key_factors)(const BloomEncoder& encoder, const int64_t* keys, const int32_t* shards,
+  void (*key_factors)(const LineEncoder& encoder, const int64_t* keys, const int32_t* shards,
                       int64_t size, const float* weights, float* factors);
 
-  // Multiplies the gradient of each bag in [first, last) with the rows of those of its ids that
-  // have a shard; see row_dots.
-  void (*row_dots)(const RowDots& in, int64_t first, int64_t last, float* dots);
+  // Adds the gradient of each key of a block to those of its weights in `sums`, where its line has
+  // a place; a new one begins at 0.
+  void (*add_to_lines)(const LineBlock& block, const float* gradients, RowPlaces& places,
+                       float* sums);
+
+  // Multiplies the gradient of each wanted bag of samples [first, last) with the rows of those of
+  // its ids that have a shard; see row_dots. Returns a lookup whose row or id is out of range, and
+  // has been passed over, -1 if there is none.
+  int64_t (*row_dots)(const RowDots& in, int64_t first, int64_t last, float* dots);
 
   // Adds up the weights of each id.
   void (*bloom_factors)(const BloomEncoder& encoder, const Table& table, const int64_t* ids,

@@ -4,14 +4,15 @@
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
-#include "bloom.h"
 #include "checks.h"
 #include "cpu/blocks.h"
 #include "cpu/kernels.h"
 #include "cpu/offsets.h"
 #include "cpu/tensors.h"
 #include "cpu/weight_sums.h"
+#include "factor_lines.h"
 
 namespace torchrec_cafe {
 namespace {
@@ -19,10 +20,6 @@ namespace {
 // Below these many a thread, starting the threads costs more than they save.
 constexpr int64_t kKeysPerThread = 2048;
 constexpr int64_t kBagsPerBlock = 1024;
-
-BloomEncoder encoder_of(int64_t shards_held, int64_t weights_per_shard, int64_t num_hashes) {
-  return {0, shards_held, weights_per_shard, static_cast<int>(num_hashes), kWeightPairs};
-}
 
 void check_shards(const int32_t* shards, int64_t size, int64_t shards_held) {
   STD_TORCH_CHECK(kernels().shards_fit(shards, size, shards_held), "`shards` must be -1 or in [0, ",
@@ -37,7 +34,7 @@ Tensor key_factors_cpu(const Tensor& weights, const Tensor& keys, const Tensor& 
   const int64_t* key = keys.const_data_ptr<int64_t>();
   const int32_t* shard = shards.const_data_ptr<int32_t>();
   check_shards(shard, shards.numel(), weights.size(0));
-  const BloomEncoder encoder = encoder_of(weights.size(0), weights.size(1), num_hashes);
+  const LineEncoder encoder(weights.size(0), weights.size(1), static_cast<int>(num_hashes));
   Tensor factors = empty_cpu<1>({keys.numel()}, aoti_torch_dtype_float32());
   float* out = factors.mutable_data_ptr<float>();
   if (weights.numel() == 0) {  // no shard, so that no key has weights
@@ -51,19 +48,20 @@ Tensor key_factors_cpu(const Tensor& weights, const Tensor& keys, const Tensor& 
   return factors;
 }
 
-void check_lookups(const RowDots& in, int64_t num_rows, int64_t num_ids) {
-  if (kernels().lookups_fit(in.rows, in.source, in.size, num_rows, num_ids)) return;
-  for (int64_t m = 0; m < in.size; ++m) {
-    STD_TORCH_CHECK(in.rows[m] >= 0 && in.rows[m] < num_rows, "`rows` must be in [0, ", num_rows,
-                    "), got ", in.rows[m]);
-    STD_TORCH_CHECK(in.source[m] >= 0 && in.source[m] < num_ids, "`source` must be in [0, ",
-                    num_ids, "), got ", in.source[m]);
-  }
+void refuse(const RowDots& in, int64_t lookup) {
+  STD_TORCH_CHECK(in.rows[lookup] >= 0 && in.rows[lookup] < in.num_rows, "`rows` must be in [0, ",
+                  in.num_rows, "), got ", in.rows[lookup]);
+  STD_TORCH_CHECK(false, "`source` must be in [0, ", in.num_ids, "), got ", in.source[lookup]);
 }
 
 Tensor row_dots_cpu(const Tensor& grad, const Tensor& table, const Tensor& rows,
-                    const Tensor& offsets, const Tensor& source, const Tensor& shards) {
-  check_row_dots(grad, table, rows, offsets, source, shards);
+                    const Tensor& offsets, const Tensor& source, const Tensor& shards,
+                    const Tensor& features) {
+  check_row_dots(grad, table, rows, offsets, source, shards, features);
+  std::vector<int64_t> tracked;
+  for (int64_t f = 0; f < features.numel(); ++f) {
+    if (features.const_data_ptr<int64_t>()[f] >= 0) tracked.push_back(f);
+  }
   const RowDots in{grad.const_data_ptr<float>(),
                    table.data_ptr(),
                    table.scalar_type() == ScalarType::Half,
@@ -72,15 +70,25 @@ Tensor row_dots_cpu(const Tensor& grad, const Tensor& table, const Tensor& rows,
                    offsets.const_data_ptr<int64_t>(),
                    source.const_data_ptr<int32_t>(),
                    shards.const_data_ptr<int32_t>(),
-                   rows.numel()};
-  const int64_t num_ids = shards.numel();
-  check_offsets(in.offsets, offsets.numel(), in.size);
-  check_lookups(in, table.size(0), num_ids);
-  Tensor dots = empty_cpu<1>({num_ids}, aoti_torch_dtype_float32());
+                   tracked.data(),
+                   static_cast<int64_t>(tracked.size()),
+                   features.numel(),
+                   table.size(0),
+                   shards.numel()};
+  check_offsets(in.offsets, offsets.numel(), rows.numel());
+  if (in.num_ids == 0 && rows.numel() > 0) refuse(in, 0);
+  Tensor dots = empty_cpu<1>({in.num_ids}, aoti_torch_dtype_float32());
   float* out = dots.mutable_data_ptr<float>();
-  std::fill_n(out, num_ids, 0.0f);
-  each_block(offsets.numel() - 1, kBagsPerBlock,
-             [&](int64_t, int64_t begin, int64_t end) { kernels().row_dots(in, begin, end, out); });
+  std::fill_n(out, in.num_ids, 0.0f);
+  const int64_t samples = grad.size(0) / in.num_features;
+  const int64_t per_block = std::max<int64_t>(1, kBagsPerBlock / (1 + in.num_wanted));
+  std::vector<int64_t> wrong(num_blocks(samples, per_block), -1);
+  each_block(samples, per_block, [&](int64_t block, int64_t begin, int64_t end) {
+    wrong[block] = kernels().row_dots(in, begin, end, out);
+  });
+  for (const int64_t lookup : wrong) {
+    if (lookup >= 0) refuse(in, lookup);
+  }
   return dots;
 }
 
@@ -97,20 +105,13 @@ std::tuple<Tensor, Tensor> key_factors_backward_cpu(const Tensor& grad, const Te
   const int32_t* shard = shards.const_data_ptr<int32_t>();
   const float* of_key = grad.const_data_ptr<float>();
   check_shards(shard, shards.numel(), shards_held);
-  const BloomEncoder encoder = encoder_of(shards_held, weights_per_shard, num_hashes);
+  const LineEncoder encoder(shards_held, weights_per_shard, static_cast<int>(num_hashes));
   const int64_t size = shards_held == 0 ? 0 : keys.numel();
-  WeightSums sums(shards_held * weights_per_shard,
-                  num_hashes * kernels().count_shards(shard, size));
-  KeyBlock blocks[2];
-  int64_t next = kernels().encode_keys(encoder, key, shard, 0, size, blocks[0]);
-  for (int current = 0; blocks[current].size > 0; current ^= 1) {
-    const KeyBlock& block = blocks[current];
-    KeyBlock& ahead = blocks[current ^ 1];
-    next = kernels().encode_keys(encoder, key, shard, next, size, ahead);
-    sums.ask_for(ahead.bits, ahead.size, encoder.num_hashes);
-    for (int i = 0; i < block.size; ++i) {
-      sums.add(block.bits, i, encoder.num_hashes, of_key[block.at[i]]);
-    }
+  WeightSums<kLineWeights> sums(encoder.num_lines(), kernels().count_shards(shard, size));
+  LineBlock block;
+  for (int64_t next = 0; next < size;) {
+    next = kernels().encode_keys(encoder, key, shard, next, size, block);
+    kernels().add_to_lines(block, of_key, sums.places(), sums.sums());
   }
   return sums.by_row();
 }

@@ -82,14 +82,6 @@ inline float dot(const float* left, const T* right, int64_t dim) {
   return total;
 }
 
-bool lookups_fit(const int64_t* rows, const int32_t* source, int64_t size, int64_t num_rows,
-                 int64_t num_ids) {
-  int64_t wrong = 0;
-  for (int64_t m = 0; m < size; ++m) wrong |= (rows[m] < 0) | (rows[m] >= num_rows);
-  for (int64_t m = 0; m < size; ++m) wrong |= (source[m] < 0) | (source[m] >= num_ids);
-  return wrong == 0;
-}
-
 // Inlined for sure: GCC takes a function that does nothing but ask for one that does nothing.
 __attribute__((always_inline)) inline void ask_for(const void* row, int64_t bytes) {
   const auto* from = static_cast<const char*>(row);
@@ -125,28 +117,35 @@ struct WantedRows {
 };
 
 template <typename T>
-void dot_rows(const RowDots& in, int64_t first, int64_t last, float* dots) {
-  const int64_t* __restrict__ offsets = in.offsets;
-  const int32_t* __restrict__ source = in.source;
-  const int32_t* __restrict__ shards = in.shards;
+int64_t dot_rows(const RowDots& in_in, int64_t first, int64_t last, float* dots) {
+  const RowDots in = in_in;  // in registers
   WantedRows wanted;
   int size = 0;
-  for (int64_t bag = first; bag < last; ++bag) {
-    for (int64_t m = offsets[bag]; m < offsets[bag + 1]; ++m) {
-      wanted.at[size] = m;
-      wanted.bags[size] = bag;
-      size += shards[source[m]] >= 0;  // no condition, as in encode_keys
-      if (size < WantedRows::kMost) continue;
-      wanted.multiply<T>(in, size, dots);
-      size = 0;
+  int64_t wrong = -1;
+  for (int64_t sample = first; sample < last; ++sample) {
+    for (int64_t f = 0; f < in.num_wanted; ++f) {
+      const int64_t bag = sample * in.num_features + in.features[f];
+      for (int64_t m = in.offsets[bag]; m < in.offsets[bag + 1]; ++m) {
+        const int64_t row = in.rows[m], id = in.source[m];
+        const bool fits = row >= 0 && row < in.num_rows && id >= 0 && id < in.num_ids;
+        wrong = fits ? wrong : m;
+        wanted.at[size] = m;
+        wanted.bags[size] = bag;
+        // No condition, as in encode_keys.
+        size += static_cast<int>(fits) & static_cast<int>(in.shards[fits ? id : 0] >= 0);
+        if (size < WantedRows::kMost) continue;
+        wanted.multiply<T>(in, size, dots);
+        size = 0;
+      }
     }
   }
   wanted.multiply<T>(in, size, dots);
+  return wrong;
 }
 
-void row_dots(const RowDots& in, int64_t first, int64_t last, float* dots) {
+int64_t row_dots(const RowDots& in, int64_t first, int64_t last, float* dots) {
   const auto run = in.half ? dot_rows<uint16_t> : dot_rows<float>;
-  run(in, first, last, dots);
+  return run(in, first, last, dots);
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 
 #include <tuple>
 
-#include "bloom.h"
 #include "checks.h"
+#include "factor_lines.h"
 #include "launch.cuh"
 #include "rows.cuh"
 
@@ -27,19 +27,14 @@ struct Keys {
   __device__ bool has_weights(int64_t i) const { return shards[i] >= 0 && shards[i] < shards_held; }
 };
 
-BloomEncoder encoder_of(int64_t shards_held, int64_t weights_per_shard, int64_t num_hashes) {
-  return {0, shards_held, weights_per_shard, static_cast<int>(num_hashes), kWeightPairs};
-}
-
-__global__ void factors_kernel(Keys keys, BloomEncoder encoder, const float* __restrict__ weights,
+__global__ void factors_kernel(Keys keys, LineEncoder encoder, const float* __restrict__ weights,
                                float* __restrict__ factors) {
   for (int64_t i = first_index(); i < keys.size; i += index_stride()) {
     float sum = 1.0f;
     if (keys.has_weights(i)) {
-      int64_t bits[kMaxHashes];
-      const int size = encoder.encode_key(keys.keys[i], keys.shards[i], bits);
-      sum = 0.0f;
-      for (int j = 0; j < size; ++j) sum += weights[bits[j]];
+      const uint64_t hash = encoder.hash(keys.keys[i], 0);
+      const float* line = weights + encoder.line(hash, keys.shards[i]) * kLineWeights;
+      sum = sum_of_line(line, encoder.weights(keys.keys[i], hash));
     }
     factors[i] = sum;
   }
@@ -54,8 +49,8 @@ Tensor key_factors_cuda(const Tensor& weights, const Tensor& keys, const Tensor&
   Tensor factors = torch::stable::new_empty(weights, {keys.numel()});
   if (keys.numel() == 0) return factors;
   launch(current_stream(keys), keys.numel(), factors_kernel, Keys(keys, shards, weights.size(0)),
-         encoder_of(weights.size(0), weights.size(1), num_hashes), weights.const_data_ptr<float>(),
-         factors.mutable_data_ptr<float>());
+         LineEncoder(weights.size(0), weights.size(1), static_cast<int>(num_hashes)),
+         weights.const_data_ptr<float>(), factors.mutable_data_ptr<float>());
   return factors;
 }
 
@@ -65,10 +60,13 @@ template <typename T>
 __global__ void dots_kernel(const float* __restrict__ grad, const T* __restrict__ table,
                             int64_t num_rows, int64_t dim, const int64_t* __restrict__ rows,
                             const int64_t* __restrict__ offsets, const int32_t* __restrict__ source,
-                            const int32_t* __restrict__ shards, int64_t size, int64_t num_bags,
-                            int64_t num_ids, float* __restrict__ dots) {
+                            const int32_t* __restrict__ shards,
+                            const int64_t* __restrict__ features, int64_t num_features,
+                            int64_t size, int64_t num_bags, int64_t num_ids,
+                            float* __restrict__ dots) {
   const int lane = threadIdx.x % kWarp;
   for (int64_t bag = first_index() / kWarp; bag < num_bags; bag += index_stride() / kWarp) {
+    if (features[bag % num_features] < 0) continue;
     const int64_t begin = max(offsets[bag], int64_t{0});
     const int64_t end = min(offsets[bag + 1], size);
     float total = 0.0f;
@@ -92,8 +90,9 @@ __global__ void dots_kernel(const float* __restrict__ grad, const T* __restrict_
 }
 
 Tensor row_dots_cuda(const Tensor& grad, const Tensor& table, const Tensor& rows,
-                     const Tensor& offsets, const Tensor& source, const Tensor& shards) {
-  check_row_dots(grad, table, rows, offsets, source, shards);
+                     const Tensor& offsets, const Tensor& source, const Tensor& shards,
+                     const Tensor& features) {
+  check_row_dots(grad, table, rows, offsets, source, shards, features);
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const int64_t num_bags = offsets.numel() - 1;
   const int64_t num_ids = shards.numel();
@@ -103,8 +102,8 @@ Tensor row_dots_cuda(const Tensor& grad, const Tensor& table, const Tensor& rows
     launch(current_stream(grad), num_bags * kWarp, dots_kernel<T>, grad.const_data_ptr<float>(),
            values, table.size(0), table.size(1), rows.const_data_ptr<int64_t>(),
            offsets.const_data_ptr<int64_t>(), source.const_data_ptr<int32_t>(),
-           shards.const_data_ptr<int32_t>(), rows.numel(), num_bags, num_ids,
-           dots.mutable_data_ptr<float>());
+           shards.const_data_ptr<int32_t>(), features.const_data_ptr<int64_t>(), features.numel(),
+           rows.numel(), num_bags, num_ids, dots.mutable_data_ptr<float>());
   };
   if (table.scalar_type() == ScalarType::Half) {
     launch_on(static_cast<const __half*>(table.data_ptr()));
@@ -114,29 +113,26 @@ Tensor row_dots_cuda(const Tensor& grad, const Tensor& table, const Tensor& rows
   return dots;
 }
 
-// Entry i * num_hashes + j is weight j of key i; one that sets no new bit has gradient 0. Those of
-// a key without weights have the row after the last, and gradient 0.
-__global__ void factors_backward_kernel(Keys keys, BloomEncoder encoder,
-                                        const float* __restrict__ grad, int64_t* __restrict__ rows,
+// A key without weights has the line after the last, and gradient 0.
+__global__ void factors_backward_kernel(Keys keys, LineEncoder encoder,
+                                        const float* __restrict__ grad, int64_t* __restrict__ lines,
                                         float* __restrict__ grads) {
   for (int64_t i = first_index(); i < keys.size; i += index_stride()) {
-    int64_t bits[kMaxHashes];
-    int size = 0;
+    int64_t line = encoder.num_lines();
+    uint32_t mask = 0;
     if (keys.has_weights(i)) {
-      size = encoder.encode_key(keys.keys[i], keys.shards[i], bits);
-    } else {
-      bits[0] = encoder.shards_held * encoder.bits_per_shard;
+      const uint64_t hash = encoder.hash(keys.keys[i], 0);
+      line = encoder.line(hash, keys.shards[i]);
+      mask = encoder.weights(keys.keys[i], hash);
     }
-    for (int j = 0; j < encoder.num_hashes; ++j) {
-      const int64_t at = i * encoder.num_hashes + j;
-      const int64_t bit = bits[j < size ? j : 0];
-      rows[at] = bit / kWeightsPerRow;
-      if (j < size) grads[at * kWeightsPerRow + bit % kWeightsPerRow] = grad[i];
+    lines[i] = line;
+    for (int j = 0; j < kLineWeights; ++j) {
+      grads[i * kLineWeights + j] = (mask >> j & 1u) != 0 ? grad[i] : 0.0f;
     }
   }
 }
 
-// Rows come as often as they are hit: FBGEMM's own backward sorts and adds them up, in an order
+// Lines come as often as they are hit: FBGEMM's own backward sorts and adds them up, in an order
 // that is always the same.
 std::tuple<Tensor, Tensor> key_factors_backward_cuda(const Tensor& grad, const Tensor& keys,
                                                      const Tensor& shards, int64_t shards_held,
@@ -147,15 +143,15 @@ std::tuple<Tensor, Tensor> key_factors_backward_cuda(const Tensor& grad, const T
   check_device(grad, keys);
   STD_TORCH_CHECK(grad.numel() == keys.numel(), "`grad` must have as many elements as `keys`");
   const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
-  const int64_t size = keys.numel() * num_hashes;
-  Tensor rows = torch::stable::new_zeros(keys, {size});
-  Tensor grads = torch::stable::new_zeros(grad, {size, kWeightsPerRow});
-  if (size == 0) return {rows, grads};
-  launch(current_stream(keys), keys.numel(), factors_backward_kernel,
-         Keys(keys, shards, shards_held), encoder_of(shards_held, weights_per_shard, num_hashes),
-         grad.const_data_ptr<float>(), rows.mutable_data_ptr<int64_t>(),
+  const int64_t size = keys.numel();
+  Tensor lines = torch::stable::new_empty(keys, {size});
+  Tensor grads = torch::stable::new_empty(grad, {size, kLineWeights});
+  if (size == 0) return {lines, grads};
+  launch(current_stream(keys), size, factors_backward_kernel, Keys(keys, shards, shards_held),
+         LineEncoder(shards_held, weights_per_shard, static_cast<int>(num_hashes)),
+         grad.const_data_ptr<float>(), lines.mutable_data_ptr<int64_t>(),
          grads.mutable_data_ptr<float>());
-  return {rows, grads};
+  return {lines, grads};
 }
 
 }  // namespace

@@ -151,18 +151,24 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path):
                 assert part in found[name], (name, found[name])
 
 
-def _newer(folder: str) -> str:
+def _of_format(folder: str, difference: int) -> str:
     state = _built()
-    layout.FORMAT += 1
+    layout.FORMAT += difference
     tc.CheckpointManager(folder).save(state, 1)
-    layout.FORMAT -= 1
+    layout.FORMAT -= difference
     return _error(lambda: tc.CheckpointManager(folder).load(state))
 
 
-def test_a_newer_format_is_refused(tmp_path: Path):
-    (message,) = run_ranks(1, tmp_path / "ranks", _newer, str(tmp_path / "c"))
-    assert "table 't_cafe': the checkpoint has format 2 of cafe" in message
-    assert "reads formats up to 1; install the version that wrote it" in message
+@pytest.mark.parametrize(
+    ("difference", "remedy"),
+    [(1, "install the version that wrote it"), (-1, "load it with the version that wrote it")],
+)
+def test_another_format_is_refused(tmp_path: Path, difference: int, remedy: str):
+    folder = str(tmp_path / "c")
+    (message,) = run_ranks(1, tmp_path / "ranks", _of_format, folder, difference)
+    written = layout.FORMAT + difference
+    assert f"table 't_cafe': the checkpoint has format {written} of cafe" in message
+    assert f"reads format {layout.FORMAT}; {remedy}" in message
 
 
 class _Dies:

@@ -142,6 +142,7 @@ def of_weights(generator: torch.Generator) -> dict[str, Call]:
     """Operators of MEM-REC and of learned factors."""
     batch = bags(generator, 2) | {"tables": torch.tensor(OF_SHARDS)}
     weights = torch.rand(SHARDS, BITS.per_shard, generator=generator)
+    lines = torch.rand(SHARDS, 2 * ops.WEIGHTS_PER_LINE, generator=generator)
     rows = torch.rand(SHARDS * BITS.per_shard, DIM, generator=generator)
     given = {"per_sample_weights": torch.rand(len(batch["ids"]), generator=generator)}
     keys = torch.randint(0, 20, (7,), generator=generator)
@@ -157,7 +158,8 @@ def of_weights(generator: torch.Generator) -> dict[str, Call]:
 
     found = ops.bloom_rows(**batch, bits=BITS)._asdict()
     shards = (torch.arange(len(batch["ids"])) % 2 - 1).int()
-    dots = {"grad": torch.rand(4, DIM), "table": rows, "shards": shards}
+    features = torch.zeros(1, dtype=torch.int64)
+    dots = {"grad": torch.rand(4, DIM), "table": rows, "shards": shards, "features": features}
     grad = {"grad": torch.rand(4, DIM, generator=generator), "rows": rows}
     return {
         "bloom_rows": (lambda **a: ops.bloom_rows(bits=bits_of(a), **a), {**batch, **bits}),
@@ -177,12 +179,12 @@ def of_weights(generator: torch.Generator) -> dict[str, Call]:
             lambda **a: ops.bloom_weigh_backward(**both(a), **a),
             {**grad, **batch, **bits, **given},
         ),
-        "key_factors": (ops.key_factors, {"weights": weights, **of_keys}),
+        "key_factors": (ops.key_factors, {"weights": lines, **of_keys}),
         "key_factors_backward": (
             lambda shards_held, per_shard, **a: ops.key_factors_backward(
                 shape=(shards_held, per_shard), **a
             ),
-            {"grad": torch.rand(7), **of_keys, "shards_held": SHARDS, "per_shard": 8},
+            {"grad": torch.rand(7), **of_keys, "shards_held": SHARDS, "per_shard": 32},
         ),
         "row_dots": (
             lambda rows, offsets, source, **a: ops.row_dots(

@@ -66,7 +66,9 @@ def move_rows() -> None:
 def row_dots(offsets: torch.Tensor = OFFSETS) -> None:
     found = ops.Lookups(IDS % 50, offsets, torch.arange(len(IDS)).int())
     grad = torch.ones((len(offsets) - 1, 8))
-    ops.row_dots(grad, torch.ones((50, 8)), found, shards=(IDS % 17 - 1).int())
+    features = torch.zeros(1, dtype=torch.int64)
+    shards = (IDS % 17 - 1).int()
+    ops.row_dots(grad, torch.ones((50, 8)), found, shards=shards, features=features)
 
 
 def bloom(name: str, offsets: torch.Tensor = OFFSETS) -> None:
@@ -88,7 +90,7 @@ def mix_ids() -> None:
 
 def key_factors_backward() -> None:
     shards = (IDS % 17 - 1).int()
-    ops.key_factors_backward(torch.ones(len(IDS)), IDS, shards, shape=(16, 20), num_hashes=3)
+    ops.key_factors_backward(torch.ones(len(IDS)), IDS, shards, shape=(16, 32), num_hashes=3)
 
 
 #: What a training step calls.
@@ -105,7 +107,7 @@ STEP: dict[str, Callable[[], object]] = {
     "bloom_pool": partial(bloom, "bloom_pool"),
     "bloom_weigh_backward": partial(bloom, "bloom_weigh_backward"),
     "key_factors": lambda: ops.key_factors(
-        torch.ones((16, 20)), IDS, (IDS % 17 - 1).int(), num_hashes=3
+        torch.ones((16, 32)), IDS, (IDS % 17 - 1).int(), num_hashes=3
     ),
     "key_factors_backward": key_factors_backward,
     "row_dots": row_dots,

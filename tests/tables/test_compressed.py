@@ -76,7 +76,9 @@ def make(
     )
     factors = None
     if kind.weight_hashes > 0:
-        table = WeightTable(0, (SHARDS, 8), start=0.3, device=CPU, fused_params=fused_params)
+        table = WeightTable(
+            0, (SHARDS, 16), per_row=16, start=0.3, device=CPU, fused_params=fused_params
+        )
         factors = IdFactors(table, kind.weight_hashes, tbe)
     return CompressedBags(SharedRows(tables, pool, CPU, factors), tbe)
 

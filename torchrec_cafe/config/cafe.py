@@ -31,6 +31,7 @@ from torchrec_cafe.config.memory import (
     SLOT_BYTES,
     TABLE_STATISTICS_BYTES,
     WEIGHT_BYTES,
+    WEIGHTS_PER_LINE,
     Allocation,
     MemoryBreakdown,
     TableShape,
@@ -50,14 +51,15 @@ _NUM_SHARDS = (64, 32, 16)
 _FAIR_HOT_ROWS = 64
 _FEW_SHARDS = (8, 4, 2, 1)
 
-# Learned factors pay where many ids share a row, and cost a tenth of a training step. Where few do
-# they win nothing: on the accuracy study's data sets, between 10x and 100x.
+# Learned factors pay where many ids share a row. Where few do they win nothing: on the accuracy
+# study's data sets, between 10x and 100x.
 _FACTORS_FROM = 50.0
-_FACTORS_HASHES = 4
+_FACTORS_HASHES = 2
 
-# Second rows pay where next to nothing is left for rows of one's own; beside factors, too. At
-# milder compressions their bytes do more as shared rows: on the accuracy study's data sets, up to
-# 100x; at 1000x it is even, but with drift second rows win, and at 10000x everywhere.
+# Without factors, second rows pay where next to nothing is left for rows of one's own. At milder
+# compressions their bytes do more as shared rows: on the accuracy study's data sets, up to 100x; at
+# 1000x it is even, but with drift second rows win, and at 10000x everywhere. Beside factors they
+# win nothing.
 _SECOND_ROWS_FROM = 300.0
 _SECOND_ROWS = 0.3
 
@@ -83,11 +85,14 @@ class Cafe(TableKind):
             [0, 1).
         medium_fraction: share of the shared rows' bytes that goes to second rows, in [0, 1): ids
             that are important, but not enough for a row of their own, look up the sum of two
-            shared rows. 0: none. ``None``: 0.3 from a compression of 300 on, else 0.
+            shared rows. 0: none. ``None``: 0.3 from a compression of 300 on if ids have no factors
+            (``num_weight_hashes=0``), else 0.
         num_weight_hashes: weights whose sum scales the rows of an id, learned as MEM-REC's are, in
-            [0, 16]: ids that share a row differ in it. There are as many weights as rows.
-            0: rows are not scaled. ``None``: 4 from a compression of 50 on, which is where they pay
-            in accuracy for the tenth of a step that they cost, else 0.
+            [0, 16]: ids that share a row differ in it. 0: rows are not scaled. ``None``: 2 from a
+            compression of 50 on, which is where they pay in accuracy for the time that they cost,
+            else 0.
+        weight_fraction: share of the budget, after whole tables, that goes to these weights, if
+            there are any, in (0, 1).
         slots_per_hot_row: slots of the sketch per hot row, >= 1; more remember more candidates.
         importance: ``"gradient_norm"`` (of the bag's gradient) or ``"frequency"``.
         threshold: smallest importance, in average occurrences, that earns a row; ``None`` gives
@@ -108,6 +113,7 @@ class Cafe(TableKind):
     whole_fraction: float = 0.25
     medium_fraction: float | None = None
     num_weight_hashes: int | None = None
+    weight_fraction: float = 0.6
     slots_per_hot_row: float = 3.0
     importance: str = "gradient_norm"
     threshold: float | None = None
@@ -127,6 +133,7 @@ class Cafe(TableKind):
         check_whole_fraction(self.whole_fraction)
         checks = {
             "hot_fraction": ("in (0, 1)", 0 < self.hot_fraction < 1),
+            "weight_fraction": ("in (0, 1)", 0 < self.weight_fraction < 1),
             "slots_per_hot_row": (">= 1", self.slots_per_hot_row >= 1),
             "threshold": (">= 0", self.threshold is None or self.threshold >= 0),
             "hysteresis": ("in [0, 1)", 0 <= self.hysteresis < 1),
@@ -160,7 +167,8 @@ class Cafe(TableKind):
         """Share of second rows: :attr:`medium_fraction`, or what ``None`` stands for."""
         if self.medium_fraction is not None:
             return self.medium_fraction
-        return _SECOND_ROWS if self.compression >= _SECOND_ROWS_FROM else 0.0
+        pays = self.weight_hashes == 0 and self.compression >= _SECOND_ROWS_FROM
+        return _SECOND_ROWS if pays else 0.0
 
     def growth(self, bags_per_hot_row: float) -> float:
         """Factor by which an occurrence counts more than one so many bags per hot row before.
@@ -218,7 +226,7 @@ class Cafe(TableKind):
         if not rest:
             return rows_alone(tables, shared, row_bytes)
         fixed = num_shards * (SHARD_BYTES + TABLE_STATISTICS_BYTES * len(rest))
-        weights = self._weights(left // num_shards, row_bytes)
+        weights = self._weights(left // num_shards)
         left -= num_shards * weights * WEIGHT_BYTES
         available = (self.hot_fraction * left - fixed) / num_shards
         hot_rows = self._hot_rows(available, row_bytes)
@@ -253,11 +261,12 @@ class Cafe(TableKind):
             tracked=tuple(table.name for table in rest),
         )
 
-    def _weights(self, available: int, row_bytes: int) -> int:
-        """Weights of a virtual shard: about as many as rows fit with them."""
+    def _weights(self, available: int) -> int:
+        """Weights of a virtual shard that has so many bytes."""
         if self.weight_hashes == 0:
             return 0
-        return whole_weights(available // (row_bytes + WEIGHT_BYTES))
+        weights = math.floor(self.weight_fraction * available / WEIGHT_BYTES)
+        return whole_weights(weights, WEIGHTS_PER_LINE)
 
     @staticmethod
     def _pool_bytes(hot_rows: int, buckets: int, row_bytes: int) -> int:

@@ -16,6 +16,7 @@ from torchrec_cafe.config.budget import (
 from torchrec_cafe.config.memory import (
     MAX_HASHES,
     WEIGHT_BYTES,
+    WEIGHTS_PER_ROW,
     Allocation,
     MemoryBreakdown,
     TableShape,
@@ -130,13 +131,15 @@ class MemRec(TableKind):
         budget = budget_of(tables, self.compression or 1.0)
         if self.num_token_rows is not None:
             rows = self.num_token_rows // num_shards
-            return rows, whole_weights(rows)
+            return rows, whole_weights(rows, WEIGHTS_PER_ROW)
         row_bytes = tables[0].row_bytes
         available = budget // num_shards
         rows = available // (row_bytes + WEIGHT_BYTES)
-        while rows > 0 and rows * row_bytes + whole_weights(rows) * WEIGHT_BYTES > available:
+        while rows > 0 and (
+            rows * row_bytes + whole_weights(rows, WEIGHTS_PER_ROW) * WEIGHT_BYTES > available
+        ):
             rows -= 1
-        return rows, whole_weights(rows)
+        return rows, whole_weights(rows, WEIGHTS_PER_ROW)
 
 
 def _allocation(

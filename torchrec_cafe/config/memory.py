@@ -20,8 +20,10 @@ TABLE_STATISTICS_BYTES = 16
 MAX_HASHES = 16
 #: Bytes of a weight: float32 for tables of any dtype.
 WEIGHT_BYTES = 4
-#: Weights that share a row of FBGEMM, and that row's optimizer state.
+#: Weights of MEM-REC that share a row of FBGEMM, and that row's optimizer state.
 WEIGHTS_PER_ROW = 4
+#: The same of the factors of Cafe: a line has all weights of an id.
+WEIGHTS_PER_LINE = 16
 #: Bytes of a look-ahead table's map per slot: two entries and two uses of its queue, the slot's row
 #: and state, and its place in the stack of free slots.
 SLOT_MAP_BYTES = 2 * (24 + 16) + 16 + 4
@@ -138,9 +140,9 @@ class Allocation:
     tracked: tuple[str, ...] = ()
 
 
-def whole_weights(rows: int) -> int:
-    """As many weights as rows, in whole rows of FBGEMM, at least one."""
-    return max(1, rows // WEIGHTS_PER_ROW) * WEIGHTS_PER_ROW
+def whole_weights(rows: int, per_row: int) -> int:
+    """As many weights as rows, in whole rows of so many weights, at least one."""
+    return max(1, rows // per_row) * per_row
 
 
 def item_bytes(dtype: object) -> int:

@@ -21,7 +21,7 @@ from torchrec_cafe.distributed._torchrec import (
 from torchrec_cafe.distributed.input import weights_of
 from torchrec_cafe.distributed.row_range_kernel import OWN_PARAMS, RowRangeEmbeddingBag
 from torchrec_cafe.distributed.types import GROUP_PARAM, CompressedGroup
-from torchrec_cafe.ops import PoolRows
+from torchrec_cafe.ops import WEIGHTS_PER_LINE, PoolRows
 from torchrec_cafe.tables import (
     CompressedBags,
     IdFactors,
@@ -143,6 +143,7 @@ class CompressedEmbeddingBag(RowRangeEmbeddingBag):
         weights = WeightTable(
             pool.first_shard,
             (pool.shards_held, self.group.weights_per_shard),
+            per_row=WEIGHTS_PER_LINE,
             start=1 / num_hashes,
             device=self._emb_module.current_device,
             fused_params=fused_params,

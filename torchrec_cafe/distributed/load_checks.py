@@ -95,7 +95,13 @@ def _kinds(state: Mapping[str, Any], metadata: Metadata) -> Iterator[str]:
         if version > FORMAT:
             yield (
                 f"{subject}: the checkpoint has format {version} of {kind}, and this torchrec_cafe "
-                f"reads formats up to {FORMAT}; install the version that wrote it"
+                f"reads format {FORMAT}; install the version that wrote it"
+            )
+        elif version < FORMAT:
+            yield (
+                f"{subject}: the checkpoint has format {version} of {kind}, and this torchrec_cafe "
+                f"reads format {FORMAT}; load it with the version that wrote it, and bring the "
+                "table here with dense_state_dict"
             )
         elif kind != wanted:
             yield (

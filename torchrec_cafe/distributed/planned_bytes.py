@@ -9,7 +9,7 @@ from itertools import pairwise
 from torchrec.distributed.types import ShardingType
 
 from torchrec_cafe.config import Lookahead
-from torchrec_cafe.config.memory import SLOT_MAP_BYTES, WEIGHTS_PER_ROW
+from torchrec_cafe.config.memory import SLOT_MAP_BYTES
 from torchrec_cafe.distributed.optimizers import OptimizerState
 from torchrec_cafe.distributed.types import CompressedGroup, CompressedTable
 
@@ -105,7 +105,8 @@ def _shard_bytes(
     resident = (group.resident_bytes - shared) / group.num_shards
     weight_state = 0.0
     if dim_state > 0:
-        weight_state = state.of_row(WEIGHTS_PER_ROW) / WEIGHTS_PER_ROW * group.weights_per_shard
+        per_row = group.weights_per_row
+        weight_state = state.of_row(per_row) / per_row * group.weights_per_shard
     return resident + group.pool_rows_per_shard * dim_state + weight_state
 
 

@@ -85,7 +85,7 @@ class TrackedKernel:
             table = self._weight_table
             if table is not None:
                 # One more: operators on CUDA give that for ids without weights.
-                count = table.table.numel() // WEIGHTS_PER_ROW + 1
+                count = table.table.numel() // table.per_row + 1
                 table.touched = self._weights = TouchedRows(count, table.table.device)
             if kernel.bags.pool is not None:
                 self.buckets = TouchedBuckets(kernel.bags.pool.sketch.buckets)
@@ -169,8 +169,8 @@ class TrackedKernel:
             return
         table = self._weight_table
         if table is not None and self._weights is not None:
-            weights = table.table.view(-1, WEIGHTS_PER_ROW)
-            first = table.first_shard * table.shape[1] // WEIGHTS_PER_ROW
+            weights = table.table.view(-1, table.per_row)
+            first = table.first_shard * table.shape[1] // table.per_row
             mine = _within(self._weights.since(since), 0, len(weights))
             yield Piece(weights_of(self.kernel.group), (first, 0), weights, mine)
         if self.buckets is not None:

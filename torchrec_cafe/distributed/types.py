@@ -9,6 +9,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import ParameterSharding, ShardingType
 
 from torchrec_cafe.config import Allocation, Lookahead, MemRec, QuotientRemainder, TableKind
+from torchrec_cafe.config.memory import WEIGHTS_PER_LINE, WEIGHTS_PER_ROW
 from torchrec_cafe.ops import first_mixed_id
 
 
@@ -164,6 +165,11 @@ class CompressedGroup:
             num_slots=allocation.num_slots,
             resident_bytes=allocation.memory.total_bytes,
         )
+
+    @property
+    def weights_per_row(self) -> int:
+        """Weights that share a row of FBGEMM, and that row's optimizer state."""
+        return WEIGHTS_PER_ROW if isinstance(self.kind, MemRec) else WEIGHTS_PER_LINE
 
     @property
     def has_pool(self) -> bool:

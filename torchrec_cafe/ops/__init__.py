@@ -28,7 +28,12 @@ from torchrec_cafe.ops.hot_sketch import (
     rebalance,
 )
 from torchrec_cafe.ops.huge_pages import advise_huge_pages
-from torchrec_cafe.ops.key_factors import key_factors, key_factors_backward, row_dots
+from torchrec_cafe.ops.key_factors import (
+    WEIGHTS_PER_LINE,
+    key_factors,
+    key_factors_backward,
+    row_dots,
+)
 from torchrec_cafe.ops.learning import learn
 from torchrec_cafe.ops.pool_keys import PooledKeys, pool_keys
 from torchrec_cafe.ops.pool_rows import (
@@ -90,6 +95,7 @@ __all__ = [
     "SLOTS",
     "TABLE_COLUMNS",
     "WEAR",
+    "WEIGHTS_PER_LINE",
     "BitsOfSamples",
     "BloomBits",
     "HotRows",

@@ -143,7 +143,7 @@ def bloom_weigh_backward(  # noqa: PLR0913  both tables and a batch
 
     Returns:
         int64 ``[U]``, rows of the weights viewed as ``[S * W / 4, 4]``; float32 ``[U, 4]``, their
-        gradients. On a CPU the rows that the ids hit, each once, ascending. On CUDA
+        gradients. On a CPU the rows that the ids hit, each once, as first hit. On CUDA
         ``U = N * num_hashes`` and rows repeat: their gradients are to be added up, as FBGEMM does.
 
     Raises:

@@ -1,6 +1,7 @@
 """Learned factors of the ids that a pool tracks, from weights as MEM-REC has them.
 
-Shape legend: N ids, M rows, S virtual shards of a rank, W weights a shard, D columns.
+Shape legend: N ids, M rows, F features, B samples, S virtual shards of a rank, W weights a shard,
+D columns.
 """
 
 from __future__ import annotations
@@ -9,18 +10,22 @@ import torch
 from torch import Tensor
 
 from torchrec_cafe.ops._checks import check_same_device, check_tensor, value_error
-from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
 from torchrec_cafe.ops.pool_rows import Lookups
+
+#: weights that lie in a line, which is a row of FBGEMM and a cache line; all of an id's are in one
+WEIGHTS_PER_LINE = 16
 
 
 def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: int) -> Tensor:
-    """Add up the weights of each key; a weight that two hash functions hit counts once.
+    """Add up the weights of each key: all in one line, one in each of ``num_hashes`` parts of it.
+
+    A split block Bloom filter, with weights for bits.
 
     Args:
-        weights: float32 ``[S, W]``, W a multiple of 4.
+        weights: float32 ``[S, W]``, W a multiple of 16.
         keys: int64 ``[N]``, as :func:`remap` gives them.
         shards: int32 ``[N]``, the key's shard of this rank, in [0, S), or -1: it has no weights.
-        num_hashes: weights of a key, in [1, 16]; ``num_hashes * N < 2**31``.
+        num_hashes: weights of a key, in [1, 16]; ``N < 2**31``.
 
     Returns:
         float32 ``[N]``; 1 where the shard is -1.
@@ -34,7 +39,8 @@ def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: in
         Deterministic, and the same on every device. Nothing is mutated. Not differentiable by
         autograd: see :func:`key_factors_backward`.
 
-    Reference: MEM-REC (ACML 2023), section 3: the weight encoder.
+    Reference: MEM-REC (ACML 2023), section 3: the weight encoder, there with weights anywhere.
+        Split block: F. Putze et al., Cache-, hash- and space-efficient Bloom filters (WEA 2007).
     """
     op = "key_factors"
     try:
@@ -45,18 +51,23 @@ def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: in
         raise value_error(op, error) from None
 
 
-def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, shards: Tensor) -> Tensor:
+def row_dots(
+    grad: Tensor, table: Tensor, found: Lookups, *, shards: Tensor, features: Tensor
+) -> Tensor:
     """Multiply the gradient of each bag with its rows, and add up what belongs to an id.
 
     That is the gradient of the factor by which an id's rows are scaled.
 
     Args:
-        grad: float32 ``[bags, D]``, of the pooled bags.
+        grad: float32 ``[B * F, D]``, of the pooled bags; bag ``b * F + f`` is sample b of feature
+            f.
         table: float32 or float16 ``[R, D]``, physical rows.
         found: the rows of the bags, each in [0, R), and their ids, in [0, N); the rows of an id lie
             side by side.
         shards: int32 ``[N]``, as :func:`key_factors` takes them: an id whose shard is below 0 has
             no factor that could learn.
+        features: int64 ``[F]``, as :func:`learn` takes them: no id of a feature below 0 has a
+            shard, and its bags are passed over.
 
     Returns:
         float32 ``[N]``; 0 for an id without rows or without a shard.
@@ -72,7 +83,7 @@ def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, shards: Tensor) -> 
     op = "row_dots"
     try:
         return torch.ops.torchrec_cafe.row_dots.default(
-            grad, table, found.rows, found.offsets, found.source, shards
+            grad, table, found.rows, found.offsets, found.source, shards, features
         )
     except RuntimeError as error:
         if table.dtype not in (torch.float32, torch.float16):
@@ -86,16 +97,16 @@ def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, shards: Tensor) -> 
         shape = (found.offsets.numel() - 1, table.shape[1])
         check_tensor(op, "grad", grad, torch.float32, shape)
         check_tensor(op, "shards", shards, torch.int32, (None,))
-        check_same_device(
-            op, grad=grad, table=table, rows=found.rows, source=found.source, shards=shards
-        )
+        check_tensor(op, "features", features, torch.int64, (None,))
+        tensors = {"rows": found.rows, "source": found.source, "features": features}
+        check_same_device(op, grad=grad, table=table, shards=shards, **tensors)
         raise value_error(op, error) from None
 
 
 def key_factors_backward(
     grad: Tensor, keys: Tensor, shards: Tensor, *, shape: tuple[int, int], num_hashes: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the weights, from that of the factors, by rows of four weights.
+    """The gradient of the weights, from that of the factors, by lines.
 
     Args:
         grad: float32 ``[N]``, of the factors.
@@ -105,10 +116,10 @@ def key_factors_backward(
         num_hashes: as :func:`key_factors` takes it.
 
     Returns:
-        int64 ``[U]``, rows of the weights viewed as ``[S * W / 4, 4]``; float32 ``[U, 4]``, their
-        gradients. On a CPU the rows that the keys hit, each once, ascending. On CUDA
-        ``U = N * num_hashes`` and rows repeat: their gradients are to be added up, as FBGEMM does;
-        keys without weights give row ``S * W / 4``, one past the last, with gradient 0.
+        int64 ``[U]``, rows of the weights viewed as ``[S * W / 16, 16]``; float32 ``[U, 16]``,
+        their gradients. On a CPU the rows that the keys hit, each once, as first hit. On CUDA
+        ``U = N`` and rows repeat: their gradients are to be added up, as FBGEMM does; keys without
+        weights give row ``S * W / 16``, one past the last, with gradient 0.
 
     Raises:
         TypeError: if a dtype is not the one above.
@@ -151,12 +162,18 @@ def _(  # noqa: PLR0913  the schema has as many arguments
 ) -> tuple[Tensor, Tensor]:
     check_same_device("key_factors_backward", grad=grad, keys=keys, shards=shards)
     size = torch.library.get_ctx().new_dynamic_size()
-    return keys.new_empty(size), grad.new_empty((size, WEIGHTS_PER_ROW))
+    return keys.new_empty(size), grad.new_empty((size, WEIGHTS_PER_LINE))
 
 
 @torch.library.register_fake("torchrec_cafe::row_dots")
 def _(  # noqa: PLR0913  the schema has as many arguments
-    grad: Tensor, table: Tensor, rows: Tensor, offsets: Tensor, source: Tensor, shards: Tensor
+    grad: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    source: Tensor,
+    shards: Tensor,
+    features: Tensor,
 ) -> Tensor:
     check_same_device("row_dots", grad=grad, table=table, rows=rows, source=source, shards=shards)
     return grad.new_empty(shards.shape[0])

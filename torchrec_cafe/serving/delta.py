@@ -35,7 +35,7 @@ class GroupDelta:
 
     Attributes:
         rows: physical rows, looked up in training or moved by promotion and demotion.
-        weights: rows of four weights of factors; ``None`` where ids have no factors.
+        weights: rows of weights of factors; ``None`` where ids have no factors.
         buckets: buckets of the map from ids to rows; ``None`` without hot rows.
         became_hot: by table, int64 ``[n]``, ids that own a row and did not.
         stopped_being_hot: by table, int64 ``[n]``, ids that owned a row and do not.

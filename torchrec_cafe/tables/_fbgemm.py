@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,44 +22,93 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from torch import Tensor
 
+#: an operator of torch.ops
+Operator = torch._ops.OpOverload  # noqa: SLF001  it has no other name
 
-class Update(NamedTuple):
-    """FBGEMM's operator of an optimizer's step, and the names of its arguments."""
-
-    operator: Callable[..., None]
-    arguments: tuple[str, ...]
-
-
-# Arguments of the operators that are the optimizer's; all others but those of a call are attributes
-# of the TBE of the same name.
+# Arguments of FBGEMM's operators: of a call, of the optimizer, and attributes of the TBE.
+_OF_CALL = ("grad_output", "indices", "offsets")
 _OF_OPTIMIZER = frozenset(
     {"stochastic_rounding", "eps", "weight_decay", "weight_decay_mode", "max_norm"}
 )
-_KNOWN = _OF_OPTIMIZER | {
-    *("grad_output", "indices", "offsets", "indice_weights", "pooling_mode", "output_dtype"),
-    *("host_weights", "weights_placements", "weights_offsets", "D_offsets", "max_D"),
-    *("hash_size_cumsum", "total_hash_size_bits", "learning_rate_tensor"),
-    *("momentum1_host", "momentum1_placements", "momentum1_offsets"),
-}
+_OF_TBE = frozenset(
+    {
+        *("weights_placements", "weights_offsets", "D_offsets", "max_D", "hash_size_cumsum"),
+        *("total_hash_size_bits", "pooling_mode", "learning_rate_tensor", "output_dtype"),
+        *("momentum1_host", "momentum1_placements", "momentum1_offsets"),
+    }
+)
+_KNOWN = {*_OF_CALL, *_OF_OPTIMIZER, *_OF_TBE, "host_weights", "indice_weights"}
 
 
 @functools.cache
-def cpu_update(optimizer: EmbOptimType) -> Update | None:
-    """The operator of an optimizer on a CPU; ``None``: there is none that is called as we know."""
+def cpu_update(optimizer: EmbOptimType) -> Operator | None:
+    """FBGEMM's operator of an optimizer's step on a CPU.
+
+    Args:
+        optimizer: of a TBE.
+
+    Returns:
+        ``None`` if there is none that is called as we know.
+    """
     names = {
         EmbOptimType.EXACT_SGD: "sgd",
         EmbOptimType.EXACT_ADAGRAD: "adagrad",
         EmbOptimType.EXACT_ROWWISE_ADAGRAD: "rowwise_adagrad",
     }
-    if optimizer not in names:
+    name = f"split_embedding_backward_codegen_{names.get(optimizer)}_cpu"
+    found = getattr(getattr(torch.ops.fbgemm, name, None), "default", None)
+    if found is None:
         return None
-    name = f"split_embedding_backward_codegen_{names[optimizer]}_cpu"
-    operator = getattr(getattr(torch.ops.fbgemm, name, None), "default", None)
-    if operator is None:
-        return None
-    schema = operator._schema  # noqa: SLF001  nothing else tells the arguments
-    arguments = tuple(argument.name for argument in schema.arguments)
-    return Update(operator, arguments) if _KNOWN.issuperset(arguments) else None
+    arguments = {argument.name for argument in found._schema.arguments}  # noqa: SLF001
+    return found if set(_OF_CALL) <= arguments <= _KNOWN else None
+
+
+class _Views(NamedTuple):
+    """What FBGEMM shows of some tensors, and where the first of them lay then."""
+
+    owners: tuple[Tensor, ...]
+    address: int
+    views: tuple[Tensor, ...]
+
+    def are_of(self, owners: tuple[Tensor, ...]) -> bool:
+        """Whether they still show these tensors."""
+        same = len(owners) == len(self.owners) and all(map(operator.is_, owners, self.owners))
+        return same and owners[0].data_ptr() == self.address
+
+
+class _Update:
+    """FBGEMM's operator, with all arguments that stay the same from call to call.
+
+    Args:
+        update: of :func:`cpu_update`.
+        owners: the tensors that it changes.
+        arguments: in its order, whatever where a call gives them.
+    """
+
+    def __init__(self, update: Operator, owners: tuple[Tensor, ...], arguments: list[Any]) -> None:
+        """Find the places of what a call gives; see the class."""
+        names = [argument.name for argument in update._schema.arguments]  # noqa: SLF001
+        self._operator = update
+        self._owners = owners
+        self._arguments = arguments
+        self._places = [names.index(name) for name in _OF_CALL]
+
+    def is_of(self, owners: tuple[Tensor, ...]) -> bool:
+        """Whether it changes these tensors."""
+        return all(map(operator.is_, owners, self._owners))
+
+    def __call__(self, grads: Tensor, rows: Tensor, offsets: Tensor) -> None:
+        """Step.
+
+        Args:
+            grads: of the rows.
+            rows: of the table.
+            offsets: 0, 1, ..., number of rows.
+        """
+        arguments = list(self._arguments)
+        for place, value in zip(self._places, (grads, rows, offsets), strict=True):
+            arguments[place] = value
+        self._operator(*arguments)
 
 
 class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
@@ -80,6 +130,8 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
 
     # FBGEMM's constructor may ask for the weights before the ranges are known.
     _row_ranges: tuple[tuple[int, int], ...] = ()
+    _views: _Views | None = None
+    _update: _Update | None = None
 
     def __init__(
         self,
@@ -113,11 +165,26 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
             **fused_params,
         )
         self._row_ranges = _ranges(rows_per_table)
+        self._no_gradient = torch.zeros(1, dtype=torch.int32, device=device)
 
     def physical_tensors(self) -> list[Tensor]:
         """The physical table and its row-wise optimizer states, first axis rows; views."""
-        states = super().split_optimizer_states()
-        return [super().split_embedding_weights()[0], *(states[0] if states else [])]
+        owners = self._owners()
+        if self._views is None or not self._views.are_of(owners):
+            states = super().split_optimizer_states()
+            views = super().split_embedding_weights()[0], *(states[0] if states else [])
+            # FBGEMM takes its time over them, and they are asked for in every step.
+            self._views = _Views(owners, owners[0].data_ptr(), views)
+        return list(self._views.views)
+
+    def _owners(self) -> tuple[Tensor, ...]:
+        """The tensors whose memory the physical table and its first state are in."""
+        where = "dev" if self.current_device.type == "cuda" else "host"
+        weights: Any = getattr(self, f"weights_{where}")
+        if self.optimizer == EmbOptimType.EXACT_SGD:
+            return (weights,)
+        state: Any = getattr(self, f"momentum1_{where}")
+        return weights, state
 
     @property
     def counts_by_row(self) -> bool:
@@ -139,15 +206,13 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         Returns:
             ``[B, D]``.
         """
-        unneeded = None
-        if factors is not None and not factors.requires_grad:
-            # FBGEMM would compute the gradient of the factors unasked.
-            unneeded = torch.zeros(1, dtype=torch.int32, device=factors.device)
+        # FBGEMM would compute the gradient of the factors unasked.
+        is_unneeded = factors is not None and not factors.requires_grad
         return self(
             indices=rows,
             offsets=offsets,
             per_sample_weights=factors,
-            feature_requires_grad=unneeded,
+            feature_requires_grad=self._no_gradient if is_unneeded else None,
         )
 
     def update(self, rows: Tensor, grads: Tensor) -> None:
@@ -170,20 +235,22 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         options = self.optimizer_args
         if options.gradient_clipping:
             grads = grads.clamp(-options.max_gradient, options.max_gradient)
-        given = {
-            "grad_output": grads,
-            "indices": rows,
-            "offsets": starts,
-            "indice_weights": None,
-            "host_weights": self.weights_host,
-        }
-        update.operator(*(self._argument(name, given) for name in update.arguments))
+        owners = self._owners()
+        if self._update is None or not self._update.is_of(owners):
+            self._update = _Update(update, owners, self._arguments(update))
+        self._update(grads, rows, starts)
 
-    def _argument(self, name: str, given: dict[str, Any]) -> Any:  # noqa: ANN401  of any type
-        """An argument of FBGEMM's operator: given, of the optimizer, or an attribute of the TBE."""
-        if name in given:
-            return given[name]
-        return getattr(self.optimizer_args if name in _OF_OPTIMIZER else self, name)
+    def _arguments(self, update: Operator) -> list[Any]:
+        """The operator's arguments by their names; ``None`` where a call gives them."""
+        names = (argument.name for argument in update._schema.arguments)  # noqa: SLF001
+        of_tbe = {name: name for name in _OF_TBE} | {"host_weights": "weights_host"}
+        arguments: list[Any] = []
+        for name in names:
+            if name in _OF_OPTIMIZER:
+                arguments.append(getattr(self.optimizer_args, name))
+            else:
+                arguments.append(getattr(self, of_tbe[name]) if name in of_tbe else None)
+        return arguments
 
     def presented_tensors(self) -> list[Tensor]:
         """The rows and states of all logical tables, one after the other."""

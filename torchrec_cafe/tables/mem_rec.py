@@ -105,6 +105,7 @@ class MemRecLookup(RowLookup, ABC):
         self.weights = WeightTable(
             layout.first_shard,
             (layout.shards_held, layout.weights_per_shard),
+            per_row=WEIGHTS_PER_ROW,
             start=start_of_weights(layout.kind, self.num_features),
             device=tbe.current_device,
             fused_params=fused_params,

@@ -223,6 +223,9 @@ class SharedRows(RowLookup):
         factors: as given.
     """
 
+    _tracked: Tensor
+    _all: Tensor
+
     def __init__(
         self,
         tables: Sequence[TableLayout],
@@ -233,6 +236,9 @@ class SharedRows(RowLookup):
         """Lay out the tables; see the class."""
         super().__init__(tables, device)
         self.factors = factors
+        # As operators take features: below 0 are those that are not tracked.
+        self.register_buffer("_tracked", self._tables[:, -1].contiguous(), persistent=False)
+        self.register_buffer("_all", self._tables.new_zeros(1), persistent=False)
         self._no_hot_rows = HotRows.none(device)
         self.pool: HotRowPool | None = None
         if pool is not None:
@@ -290,16 +296,16 @@ class SharedRows(RowLookup):
     def _learn(self, grad: Tensor, offsets: Tensor, looked: _Looked) -> None:
         if self.pool is not None and self.training:
             self.pool.learn(grad, offsets, looked.batch, looked.given)
-        self._learn_factors(grad, looked)
+        self._learn_factors(grad, looked, self._tracked)
 
     def _learn_unpooled(self, grad: Tensor, samples: int, looked: _Looked) -> None:
         if self.pool is not None and self.training:
             self.pool.learn_unpooled(grad, samples, looked.batch)
-        self._learn_factors(grad, looked)
+        self._learn_factors(grad, looked, self._all)
 
-    def _learn_factors(self, grad: Tensor, looked: _Looked) -> None:
+    def _learn_factors(self, grad: Tensor, looked: _Looked, features: Tensor) -> None:
         if self.factors is not None:
-            self.factors.learn(grad, looked.found, looked.batch, looked.given)
+            self.factors.learn(grad, looked.found, looked.batch, looked.given, features)
 
 
 class _Looked(NamedTuple):

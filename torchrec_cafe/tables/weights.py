@@ -12,7 +12,6 @@ from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor
 
 from torchrec_cafe.ops import Lookups, Remapped, key_factors, key_factors_backward, row_dots
-from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.state import ShardedState
 from torchrec_cafe.tables.touched import TouchedRows
@@ -25,17 +24,19 @@ _OTHER_PARAMS = frozenset({"output_dtype"})
 class WeightTable(ShardedState):
     """The weights of a rank, in a TBE of their own that trains them as the rows are trained.
 
-    A row of that TBE has four of them, which share the state of a row-wise optimizer.
+    Those in a row of that TBE share the state of a row-wise optimizer.
 
     Args:
         first_shard: global number of the rank's first virtual shard.
-        shape: S, and W, a positive multiple of 4.
+        shape: S, and W, a positive multiple of ``per_row``.
+        per_row: weights in a row, a multiple of 4.
         start: what every weight starts at.
         device: where they live.
         fused_params: the optimizer's arguments, as of the TBE of the rows.
 
     Attributes:
-        touched: notes the rows of four weights that are trained; ``None``: nobody wants to know.
+        per_row: as given.
+        touched: notes the rows of weights that are trained; ``None``: nobody wants to know.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class WeightTable(ShardedState):
         first_shard: int,
         shape: tuple[int, int],
         *,
+        per_row: int,
         start: float,
         device: torch.device,
         fused_params: dict[str, Any],
@@ -50,11 +52,12 @@ class WeightTable(ShardedState):
         """Allocate the weights; see the class."""
         self._first_shard = first_shard
         self.shape = shape
-        self._num_rows = shape[0] * shape[1] // WEIGHTS_PER_ROW
+        self.per_row = per_row
+        self._num_rows = shape[0] * shape[1] // per_row
         # The last row takes the place of those of ids without weights, see key_factors_backward.
         self.tbe = RowRangeTBE(
             [self._num_rows, 1],
-            WEIGHTS_PER_ROW,
+            per_row,
             weights_precision=SparseType.FP32,
             device=device,
             fused_params={k: v for k, v in fused_params.items() if k not in _OTHER_PARAMS},
@@ -74,9 +77,9 @@ class WeightTable(ShardedState):
         return self._by_shard(self.tbe.split_embedding_weights()[0])
 
     def _by_shard(self, rows: Tensor) -> Tensor:
-        """Rows of four weights, or of their optimizer state, as ``[S, ...]``."""
-        per_row = rows.shape[1:].numel()
-        return rows.view(self.shape[0], self.shape[1] // WEIGHTS_PER_ROW * per_row)
+        """Rows of weights, or of their optimizer state, as ``[S, ...]``."""
+        columns = rows.shape[1:].numel()
+        return rows.view(self.shape[0], self.shape[1] // self.per_row * columns)
 
     @property
     def num_bytes(self) -> int:
@@ -107,8 +110,8 @@ class WeightTable(ShardedState):
         """Let the optimizer step on the weights that a batch has hit.
 
         Args:
-            rows: int64 ``[U]``, rows of four weights, which may repeat.
-            grads: float32 ``[U, 4]``, their gradients.
+            rows: int64 ``[U]``, rows of weights, which may repeat.
+            grads: float32 ``[U, per_row]``, their gradients.
             learning_rate: of this step.
         """
         if self.tbe.get_learning_rate() != learning_rate:
@@ -141,7 +144,14 @@ class IdFactors:
         table = self.weights.table
         return key_factors(table, batch.keys, batch.shards, num_hashes=self._num_hashes)
 
-    def learn(self, grad: Tensor, found: Lookups, batch: Remapped, given: Tensor | None) -> None:
+    def learn(
+        self,
+        grad: Tensor,
+        found: Lookups,
+        batch: Remapped,
+        given: Tensor | None,
+        features: Tensor,
+    ) -> None:
         """Train the weights, before FBGEMM changes the rows that they were multiplied with.
 
         Args:
@@ -149,9 +159,12 @@ class IdFactors:
             found: the rows that were looked up, with their ids.
             batch: the ids.
             given: float32 ``[N]``, further factor of each id; ``None``: all one.
+            features: int64 ``[F]``, below 0 those whose ids are not tracked.
         """
         table = self._tbe.physical_tensors()[0]
-        of_ids = row_dots(grad.float().contiguous(), table, found, shards=batch.shards)
+        of_ids = row_dots(
+            grad.float().contiguous(), table, found, shards=batch.shards, features=features
+        )
         if given is not None:
             of_ids *= given
         rows, grads = key_factors_backward(

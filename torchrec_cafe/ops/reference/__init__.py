@@ -23,6 +23,7 @@ from torchrec_cafe.ops.reference.cafe import (
     remap,
     second_row,
 )
+from torchrec_cafe.ops.reference.factors import key_factors, key_factors_backward, row_dots
 from torchrec_cafe.ops.reference.lookahead import (
     SlotMap,
     copy_rows,
@@ -38,9 +39,6 @@ from torchrec_cafe.ops.reference.mem_rec import (
     bloom_union,
     bloom_weigh,
     bloom_weigh_backward,
-    key_factors,
-    key_factors_backward,
-    row_dots,
 )
 
 __all__ = [

@@ -111,6 +111,24 @@ def row_dot(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
+class RowSums:
+    """Sums of weights' gradients by rows of so many weights, in the order of first hits."""
+
+    def __init__(self, per_row: int) -> None:
+        self._per_row = per_row
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, weight: int, gradient: Tensor) -> None:
+        """Add to the gradient of a weight."""
+        row, column = divmod(weight, self._per_row)
+        self._sums.setdefault(row, torch.zeros(self._per_row))[column] += gradient
+
+    def by_row(self) -> tuple[Tensor, Tensor]:
+        """The rows, and their gradients."""
+        grads = [torch.zeros(0, self._per_row), *(sums[None] for sums in self._sums.values())]
+        return torch.tensor(list(self._sums), dtype=torch.int64), torch.cat(grads)
+
+
 def bloom_weigh_backward(  # noqa: PLR0913  as many as torchrec_cafe.ops.bloom_weigh_backward
     grad: Tensor,
     rows: Tensor,
@@ -123,8 +141,7 @@ def bloom_weigh_backward(  # noqa: PLR0913  as many as torchrec_cafe.ops.bloom_w
     per_sample_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`torchrec_cafe.ops.bloom_weigh_backward`, as on a CPU."""
-    sums = grad.new_zeros(weight_bits.shards_held * weight_bits.per_shard)
-    touched = torch.zeros(len(sums), dtype=torch.bool)
+    sums = RowSums(WEIGHTS_PER_ROW)
     features = len(tables)
     batch_size = (offsets.numel() - 1) // features
     for bag in range(offsets.numel() - 1):
@@ -137,10 +154,8 @@ def bloom_weigh_backward(  # noqa: PLR0913  as many as torchrec_cafe.ops.bloom_w
             if per_sample_weights is not None:
                 dot = dot * per_sample_weights[i]
             for bit in bloom_bits(int(ids[i]), table, weight_bits, WEIGHT_PAIRS):
-                sums[bit] += dot
-                touched[bit] = True
-    hit = touched.view(-1, WEIGHTS_PER_ROW).any(1).nonzero().flatten()
-    return hit, sums.view(-1, WEIGHTS_PER_ROW)[hit]
+                sums.add(bit, dot)
+    return sums.by_row()
 
 
 def bloom_pool(  # noqa: PLR0913  as many as torchrec_cafe.ops.bloom_pool
@@ -164,51 +179,3 @@ def bloom_pool(  # noqa: PLR0913  as many as torchrec_cafe.ops.bloom_pool
     for bag, row, source in zip(bags.tolist(), found.rows, found.source, strict=True):
         pooled[bag] += factors[source] * rows[row].float()
     return pooled.view(-1, len(tables) * rows.shape[1])
-
-
-def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: int) -> Tensor:
-    """See :func:`torchrec_cafe.ops.key_factors`; differentiable."""
-    flat = weights.flatten()
-    factors = [flat.new_zeros(0)]
-    for found in _bits_of_keys(keys, shards, tuple(weights.shape), num_hashes):
-        total = flat.new_full((1,), 0.0 if found else 1.0)
-        for bit in found:
-            total = total + flat[bit]
-        factors.append(total)
-    return torch.cat(factors)
-
-
-def _bits_of_keys(
-    keys: Tensor, shards: Tensor, shape: tuple[int, ...], num_hashes: int
-) -> list[list[int]]:
-    """The weights of each key, none where the shard is -1."""
-    bits = BloomBits(first_shard=0, shards_held=shape[0], per_shard=shape[1], num_hashes=num_hashes)
-    return [
-        bits_of_key(key, shard, bits, WEIGHT_PAIRS) if shard >= 0 else []
-        for key, shard in zip(keys.tolist(), shards.tolist(), strict=True)
-    ]
-
-
-def key_factors_backward(
-    grad: Tensor, keys: Tensor, shards: Tensor, *, shape: tuple[int, int], num_hashes: int
-) -> tuple[Tensor, Tensor]:
-    """See :func:`torchrec_cafe.ops.key_factors_backward`, as on a CPU."""
-    sums = grad.new_zeros(shape[0] * shape[1])
-    touched = torch.zeros(len(sums), dtype=torch.bool)
-    for value, found in zip(grad, _bits_of_keys(keys, shards, shape, num_hashes), strict=True):
-        for bit in found:
-            sums[bit] += value
-            touched[bit] = True
-    hit = touched.view(-1, WEIGHTS_PER_ROW).any(1).nonzero().flatten()
-    return hit, sums.view(-1, WEIGHTS_PER_ROW)[hit]
-
-
-def row_dots(grad: Tensor, table: Tensor, found: Lookups, *, shards: Tensor) -> Tensor:
-    """See :func:`torchrec_cafe.ops.row_dots`."""
-    dots = grad.new_zeros(len(shards))
-    for bag in range(len(found.offsets) - 1):
-        for m in range(int(found.offsets[bag]), int(found.offsets[bag + 1])):
-            if shards[found.source[m]] < 0:
-                continue
-            dots[found.source[m]] += row_dot(grad[bag], table[found.rows[m]].float())
-    return dots
