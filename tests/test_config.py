@@ -1,5 +1,6 @@
 """The kinds: what they cost, and what they refuse."""
 
+import dataclasses
 import functools
 import math
 
@@ -135,6 +136,26 @@ def test_two_tables_of_mem_rec_fill_the_budget():
     assert (exact.token_rows_per_shard, exact.weights_per_shard) == (256, 256)
     tiny = tc.MemRec(num_token_rows=3).allocate(tables)
     assert (tiny.num_shards, tiny.token_rows_per_shard, tiny.weights_per_shard) == (1, 3, 4)
+
+
+def test_weights_leave_the_rows_what_they_need():
+    kind = tc.Cafe(compression=100, num_weight_hashes=2, weight_fraction=0.6)
+    tables = shapes(*[300] * 26, dim=16)
+    plain = dataclasses.replace(kind, num_weight_hashes=0)
+    assert kind.allocate(tables).weights_per_shard > 0
+    largest = {
+        kind: max(c for c in range(100, 400, 10) if _fits(kind, tables, c))
+        for kind in (kind, plain)
+    }
+    assert largest[kind] >= 0.85 * largest[plain]
+
+
+def _fits(kind: tc.Cafe, tables: list[TableShape], compression: float) -> bool:
+    try:
+        dataclasses.replace(kind, compression=compression).allocate(tables)
+    except ValueError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("dim", [16, 128])

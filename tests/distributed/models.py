@@ -30,7 +30,9 @@ KINDS = {
     "cafe": CAFE,
     "multi_level": dataclasses.replace(CAFE, medium_fraction=0.3),
     "frequency": dataclasses.replace(CAFE, importance="frequency", half_life=math.inf),
-    "factors": dataclasses.replace(CAFE, medium_fraction=0.3, num_weight_hashes=3),
+    "factors": dataclasses.replace(
+        CAFE, medium_fraction=0.3, num_weight_hashes=3, weight_fraction=0.1
+    ),
     "quotient_remainder": tc.QuotientRemainder(compression=5),
     "mem_rec": tc.MemRec(compression=5, num_hashes=2, num_weight_hashes=3, num_shards=8),
     "mem_rec_sample": tc.MemRec(compression=5, num_hashes=2, num_shards=8, per="sample"),

@@ -92,7 +92,7 @@ class Cafe(TableKind):
             compression of 50 on, which is where they pay in accuracy for the time that they cost,
             else 0.
         weight_fraction: share of the budget, after whole tables, that goes to these weights, if
-            there are any, in (0, 1).
+            there are any, in (0, 1); less where too little would be left for rows.
         slots_per_hot_row: slots of the sketch per hot row, >= 1; more remember more candidates.
         importance: ``"gradient_norm"`` (of the bag's gradient) or ``"frequency"``.
         threshold: smallest importance, in average occurrences, that earns a row; ``None`` gives
@@ -202,21 +202,30 @@ class Cafe(TableKind):
         whole = smallest(
             tables, math.floor(self.whole_fraction * budget_of(tables, self.compression))
         )
+        for share in (self.weight_fraction, self.weight_fraction / 4, 0.0):
+            if allocation := self._divide_sharing(tables, whole, share):
+                return allocation
+        return None
+
+    def _divide_sharing(
+        self, tables: Sequence[TableShape], whole: Set[str], weight_share: float
+    ) -> Allocation | None:
+        """The same with some tables kept whole, and the weights' share of the rest."""
         if self.num_shards is not None:
-            return self._divide_into(tables, whole, self.num_shards)
+            return self._divide_into(tables, whole, self.num_shards, weight_share)
         for num_shards in _NUM_SHARDS:
-            allocation = self._divide_into(tables, whole, num_shards)
+            allocation = self._divide_into(tables, whole, num_shards, weight_share)
             if allocation and (
                 not allocation.tracked or allocation.hot_rows_per_shard >= _FAIR_HOT_ROWS
             ):
                 return allocation
-        few = (self._divide_into(tables, whole, num_shards) for num_shards in _FEW_SHARDS)
+        few = (self._divide_into(tables, whole, count, weight_share) for count in _FEW_SHARDS)
         return next((allocation for allocation in few if allocation), None)
 
     def _divide_into(
-        self, tables: Sequence[TableShape], whole: Set[str], num_shards: int
+        self, tables: Sequence[TableShape], whole: Set[str], num_shards: int, weight_share: float
     ) -> Allocation | None:
-        """The same with some tables kept whole and so many virtual shards."""
+        """The same with so many virtual shards."""
         row_bytes = tables[0].row_bytes if tables else 0
         budget = budget_of(tables, self.compression)
         rest = [table for table in tables if table.name not in whole]
@@ -226,7 +235,7 @@ class Cafe(TableKind):
         if not rest:
             return rows_alone(tables, shared, row_bytes)
         fixed = num_shards * (SHARD_BYTES + TABLE_STATISTICS_BYTES * len(rest))
-        weights = self._weights(left // num_shards)
+        weights = self._weights(weight_share * (left // num_shards))
         left -= num_shards * weights * WEIGHT_BYTES
         available = (self.hot_fraction * left - fixed) / num_shards
         hot_rows = self._hot_rows(available, row_bytes)
@@ -241,7 +250,7 @@ class Cafe(TableKind):
         got_all = {table.name for table in rest if shared[table.name] == table.num_embeddings}
         if got_all:
             # Hot rows would be wasted on tables whose ids have a row each.
-            return self._divide_into(tables, whole | got_all, num_shards)
+            return self._divide_into(tables, whole | got_all, num_shards, weight_share)
         memory = MemoryBreakdown(
             shared_bytes=(sum(shared.values()) + num_shards * second_rows) * row_bytes
             + num_shards * weights * WEIGHT_BYTES,
@@ -261,12 +270,11 @@ class Cafe(TableKind):
             tracked=tuple(table.name for table in rest),
         )
 
-    def _weights(self, available: int) -> int:
-        """Weights of a virtual shard that has so many bytes."""
+    def _weights(self, available: float) -> int:
+        """Weights of a virtual shard that has so many bytes for them."""
         if self.weight_hashes == 0:
             return 0
-        weights = math.floor(self.weight_fraction * available / WEIGHT_BYTES)
-        return whole_weights(weights, WEIGHTS_PER_LINE)
+        return whole_weights(math.floor(available / WEIGHT_BYTES), WEIGHTS_PER_LINE)
 
     @staticmethod
     def _pool_bytes(hot_rows: int, buckets: int, row_bytes: int) -> int:
