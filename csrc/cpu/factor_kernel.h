@@ -75,6 +75,9 @@ void add_to_lines(const LineBlock& block, const float* gradients, RowPlaces& pla
                   float* sums) {
   RowPlaces places = places_in;  // in registers
   for (int i = 0; i < block.size; ++i) {
+    __builtin_prefetch(places.slots + places.first_slot(block.lines[i]), 1);
+  }
+  for (int i = 0; i < block.size; ++i) {
     bool is_new;
     float* line = sums + places.find(block.lines[i], is_new) * kLineWeights;
     LineBits before;

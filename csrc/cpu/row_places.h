@@ -17,10 +17,15 @@ struct RowPlaces {
   int64_t* rows;  // by place
   int64_t size;
 
+  // Where a row's slot is looked for first.
+  __attribute__((always_inline)) uint64_t first_slot(int32_t row) const {
+    // Fibonacci hashing: neighbours are spread.
+    return (static_cast<uint64_t>(row) * 0x9e3779b97f4a7c15ULL >> 32) & mask;
+  }
+
   // The place of a row, the next if it has none yet; inlined for sure, as in hash.h.
   __attribute__((always_inline)) int64_t find(int32_t row, bool& is_new) {
-    // Fibonacci hashing: neighbours are spread.
-    uint64_t at = (static_cast<uint64_t>(row) * 0x9e3779b97f4a7c15ULL >> 32) & mask;
+    uint64_t at = first_slot(row);
     while (slots[at].row != row && slots[at].row >= 0) at = (at + 1) & mask;
     // No condition: whether a row was hit before is a coin toss for the branch predictor.
     is_new = slots[at].row < 0;
