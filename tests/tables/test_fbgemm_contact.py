@@ -79,6 +79,22 @@ def test_an_update_is_that_of_a_backward_pass(optimizer: EmbOptimType, options: 
             assert torch.equal(tensor, expected)
 
 
+def test_an_update_takes_options_and_memory_that_have_changed():
+    optimizer = EmbOptimType.EXACT_ROWWISE_ADAGRAD
+    ours, fbgemm = (row_ranges(optimizer=optimizer) for _ in range(2))
+    rows, grads = torch.tensor([3, 4]), torch.ones(2, 8)
+    for eps in (1e-8, 0.5):
+        for tbe in (ours, fbgemm):
+            tbe.update_hyper_parameters({"eps": eps})
+            weights: Any = tbe.weights_host
+            weights.data = weights.data.clone()
+        ours.update(rows, grads)
+        fbgemm.pool(rows, torch.arange(3), None).backward(grads)
+        table = ours.physical_tensors()[0]
+        assert table.data_ptr() == ours.weights_host.data_ptr()
+        assert torch.equal(table, fbgemm.physical_tensors()[0])
+
+
 def test_an_update_of_an_optimizer_that_counts_lookups_looks_up():
     options: dict[str, Any] = {
         "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,

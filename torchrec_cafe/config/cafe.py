@@ -59,7 +59,7 @@ _FACTORS_HASHES = 2
 # Without factors, second rows pay where next to nothing is left for rows of one's own. At milder
 # compressions their bytes do more as shared rows: on the accuracy study's data sets, up to 100x; at
 # 1000x it is even, but with drift second rows win, and at 10000x everywhere. Beside factors they
-# win nothing.
+# win nothing there, as far as one seed without drift says.
 _SECOND_ROWS_FROM = 300.0
 _SECOND_ROWS = 0.3
 

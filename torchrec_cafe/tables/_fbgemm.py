@@ -63,6 +63,11 @@ def cpu_update(optimizer: EmbOptimType) -> Operator | None:
     return found if set(_OF_CALL) <= arguments <= _KNOWN else None
 
 
+def _are_same(left: Sequence[object], right: Sequence[object]) -> bool:
+    """Whether the objects of both are the same ones."""
+    return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
 class _Views(NamedTuple):
     """What FBGEMM shows of some tensors, and where the first of them lay then."""
 
@@ -72,8 +77,7 @@ class _Views(NamedTuple):
 
     def are_of(self, owners: tuple[Tensor, ...]) -> bool:
         """Whether they still show these tensors."""
-        same = len(owners) == len(self.owners) and all(map(operator.is_, owners, self.owners))
-        return same and owners[0].data_ptr() == self.address
+        return _are_same(owners, self.owners) and owners[0].data_ptr() == self.address
 
 
 class _Update:
@@ -81,11 +85,11 @@ class _Update:
 
     Args:
         update: of :func:`cpu_update`.
-        owners: the tensors that it changes.
+        owners: the tensors that it changes, and the optimizer's options.
         arguments: in its order, whatever where a call gives them.
     """
 
-    def __init__(self, update: Operator, owners: tuple[Tensor, ...], arguments: list[Any]) -> None:
+    def __init__(self, update: Operator, owners: tuple[object, ...], arguments: list[Any]) -> None:
         """Find the places of what a call gives; see the class."""
         names = [argument.name for argument in update._schema.arguments]  # noqa: SLF001
         self._operator = update
@@ -93,9 +97,9 @@ class _Update:
         self._arguments = arguments
         self._places = [names.index(name) for name in _OF_CALL]
 
-    def is_of(self, owners: tuple[Tensor, ...]) -> bool:
-        """Whether it changes these tensors."""
-        return all(map(operator.is_, owners, self._owners))
+    def is_of(self, owners: tuple[object, ...]) -> bool:
+        """Whether it changes these tensors with these options."""
+        return _are_same(owners, self._owners)
 
     def __call__(self, grads: Tensor, rows: Tensor, offsets: Tensor) -> None:
         """Step.
@@ -235,7 +239,7 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         options = self.optimizer_args
         if options.gradient_clipping:
             grads = grads.clamp(-options.max_gradient, options.max_gradient)
-        owners = self._owners()
+        owners = *self._owners(), options  # FBGEMM puts other options in their place
         if self._update is None or not self._update.is_of(owners):
             self._update = _Update(update, owners, self._arguments(update))
         self._update(grads, rows, starts)
