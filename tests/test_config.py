@@ -138,6 +138,22 @@ def test_two_tables_of_mem_rec_fill_the_budget():
     assert (tiny.num_shards, tiny.token_rows_per_shard, tiny.weights_per_shard) == (1, 3, 4)
 
 
+@pytest.mark.parametrize("dim", [16, 128])
+def test_weights_of_mem_rec_take_their_share_of_the_bytes(dim: int):
+    tables = shapes(1_000_000, 500_000, 10, dim=dim)
+    budget = sum(table.dense_bytes for table in tables) / 100
+    for kind in (
+        tc.MemRec(compression=100, weight_fraction=0.6),
+        tc.MemRec(num_token_rows=int(0.4 * budget / (4 * dim)), weight_fraction=0.6),
+    ):
+        allocation = kind.allocate(tables)
+        weights = allocation.num_shards * allocation.weights_per_shard
+        assert weights * constants.WEIGHT_BYTES == pytest.approx(0.6 * budget, rel=0.03)
+        assert 0.97 * budget < allocation.memory.total_bytes <= budget
+    with pytest.raises(ValueError, match=r"weight_fraction must be in \(0, 1\) or None, got 1.0"):
+        tc.MemRec(compression=100, weight_fraction=1.0)
+
+
 def test_weights_leave_the_rows_what_they_need():
     kind = tc.Cafe(compression=100, num_weight_hashes=2, weight_fraction=0.6)
     tables = shapes(*[300] * 26, dim=16)

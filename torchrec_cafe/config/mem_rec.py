@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -43,11 +44,13 @@ class MemRec(TableKind):
 
     Attributes:
         compression: dense weight bytes divided by resident bytes (token rows and weights), >= 1.
-        num_token_rows: rows of the token table, and number of weights, >= 1; rounded down to what
-            virtual shards of equal size can hold.
+        num_token_rows: rows of the token table, >= 1; rounded down to what virtual shards of equal
+            size can hold.
         num_hashes: rows of an id, in [1, 16]. The paper: 2 to 4 for small models, 1 or 2 for large.
         num_weight_hashes: weights of an id, in [1, 16]. The paper: 2 to 8 for small models, 2 to 4
             for large.
+        weight_fraction: share of the bytes of both tables that goes to weights, in (0, 1).
+            ``None``: as many weights as token rows, as in the paper.
         per: ``"token"``: every id has rows and a factor, and a feature pools its ids. ``"sample"``:
             the ids of all features of a sample that have the kind set bits together, so that the
             sample has one vector, which every such feature gives; features are neither weighted nor
@@ -62,6 +65,7 @@ class MemRec(TableKind):
     num_token_rows: int | None = None
     num_hashes: int = 1
     num_weight_hashes: int = 4
+    weight_fraction: float | None = None
     per: str = "token"
     num_shards: int | None = None
     pool: str = ""
@@ -89,6 +93,10 @@ class MemRec(TableKind):
             "num_weight_hashes": (
                 f"in [1, {MAX_HASHES}]",
                 1 <= self.num_weight_hashes <= MAX_HASHES,
+            ),
+            "weight_fraction": (
+                "in (0, 1) or None",
+                self.weight_fraction is None or 0 < self.weight_fraction < 1,
             ),
             "per": (f"one of {PER}", self.per in PER),
             "num_shards": (
@@ -128,18 +136,31 @@ class MemRec(TableKind):
 
     def _per_shard(self, tables: Sequence[TableShape], num_shards: int) -> tuple[int, int]:
         """Token rows and weights of a virtual shard."""
+        row_bytes = tables[0].row_bytes
         budget = budget_of(tables, self.compression or 1.0)
         if self.num_token_rows is not None:
             rows = self.num_token_rows // num_shards
-            return rows, whole_weights(rows, WEIGHTS_PER_ROW)
-        row_bytes = tables[0].row_bytes
+            return rows, self._weights(rows, row_bytes)
         available = budget // num_shards
-        rows = available // (row_bytes + WEIGHT_BYTES)
+        share = self._weight_share(row_bytes)
+        rows = math.floor(available * (1 - share) / row_bytes + 1e-6)  # of an exact fit, all rows
         while rows > 0 and (
-            rows * row_bytes + whole_weights(rows, WEIGHTS_PER_ROW) * WEIGHT_BYTES > available
+            rows * row_bytes + self._weights(rows, row_bytes) * WEIGHT_BYTES > available
         ):
             rows -= 1
-        return rows, whole_weights(rows, WEIGHTS_PER_ROW)
+        return rows, self._weights(rows, row_bytes)
+
+    def _weight_share(self, row_bytes: int) -> float:
+        """Share of the bytes that goes to weights."""
+        if self.weight_fraction is not None:
+            return self.weight_fraction
+        return WEIGHT_BYTES / (row_bytes + WEIGHT_BYTES)
+
+    def _weights(self, rows: int, row_bytes: int) -> int:
+        """Weights of a virtual shard with so many token rows."""
+        share = self._weight_share(row_bytes)
+        weights = round(rows * row_bytes * share / (1 - share) / WEIGHT_BYTES)
+        return whole_weights(weights, WEIGHTS_PER_ROW)
 
 
 def _allocation(
