@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       " int num_shards, int hot_rows_per_shard, int rows_per_shard, int hot_offset,"
       " bool with_source)"
       " -> (Tensor rows, Tensor out_offsets, Tensor source, Tensor keys, Tensor shards,"
-      " Tensor second)");
+      " Tensor second, Tensor cold_shards)");
   m.def(
       "observe(Tensor keys, Tensor shards, Tensor importance, Tensor(a!) buckets,"
       " Tensor(b!) inflation, Tensor(c!) counters, float growth) -> ()");
@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       " -> (Tensor actions, Tensor new_keys)");
   m.def(
       "move_rows(Tensor(a!) rows, Tensor actions, Tensor new_keys, Tensor selected, Tensor tables,"
-      " int rows_per_shard, int hot_offset, float second_factor) -> ()");
+      " Tensor factors, int rows_per_shard, int hot_offset, float second_factor) -> ()");
   m.def(
       "add_second_rows(Tensor rows, Tensor offsets, Tensor source, Tensor second, int hot_offset)"
       " -> (Tensor rows, Tensor offsets, Tensor source)");

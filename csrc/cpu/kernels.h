@@ -43,7 +43,8 @@ struct RemapOutput {
   int32_t* source;  // or null
   int64_t* keys;    // of the ids as they come; null without hot rows
   int32_t* shards;
-  int32_t* second;  // of `rows`; null without second rows
+  int32_t* second;       // of `rows`; null without second rows
+  int32_t* cold_shards;  // as `shards`, below 0 for hot ids too; or null
 };
 
 // A batch of ids, feature-major, and the two tables of MEM-REC.

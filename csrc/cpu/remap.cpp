@@ -13,7 +13,7 @@
 namespace torchrec_cafe {
 namespace {
 
-using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Below this many bags per thread, starting the threads costs more than they save.
 constexpr int64_t kBagsPerThread = 2048;
@@ -40,19 +40,22 @@ Remapped remap_cpu(const Tensor& ids, const Tensor& offsets, const Tensor& table
   Tensor keys = empty_cpu<1>({may_be_hot ? num_ids : 0}, int64);
   Tensor shards = empty_cpu<1>({may_be_hot ? num_ids : 0}, int32);
   Tensor second = empty_cpu<1>({may_be_medium ? num_ids : 0}, int32);
+  const bool with_cold = with_source && may_be_hot;
+  Tensor cold_shards = empty_cpu<1>({with_cold ? num_ids : 0}, int32);
   const RemapOutput out{rows.mutable_data_ptr<int64_t>(),
                         out_offsets.mutable_data_ptr<int64_t>(),
                         with_source ? source.mutable_data_ptr<int32_t>() : nullptr,
                         may_be_hot ? keys.mutable_data_ptr<int64_t>() : nullptr,
                         may_be_hot ? shards.mutable_data_ptr<int32_t>() : nullptr,
-                        may_be_medium ? second.mutable_data_ptr<int32_t>() : nullptr};
+                        may_be_medium ? second.mutable_data_ptr<int32_t>() : nullptr,
+                        with_cold ? cold_shards.mutable_data_ptr<int32_t>() : nullptr};
   out.offsets[offsets.numel() - 1] = num_ids;
   const int64_t samples_per_thread = std::max<int64_t>(1, kBagsPerThread / map.num_features);
   torch::stable::parallel_for(0, map.batch_size, samples_per_thread,
                               [&](int64_t begin, int64_t end) {
                                 kernels().remap(map, hot_sketch(buckets), in, out, begin, end);
                               });
-  return {rows, out_offsets, source, keys, shards, second};
+  return {rows, out_offsets, source, keys, shards, second, cold_shards};
 }
 
 }  // namespace

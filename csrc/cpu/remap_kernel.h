@@ -19,7 +19,7 @@ constexpr int64_t kTileIds = 4096;
 struct Tile {
   int64_t* rows = nullptr;
   int64_t* keys = nullptr;
-  int32_t* shards = nullptr;
+  int32_t* shards = nullptr;  // below 0 once an id is found to be hot
   int32_t* second = nullptr;  // from the first row of the pool, or -1
   int64_t capacity = 0;
 
@@ -166,6 +166,7 @@ void find_hot_rows(const RowMap& map_in, const HotSketch& sketch_in, Tile& tile,
       const int64_t cold = (row | shard) >> 31;
       const int64_t own = map.pool.hot(shard, row);
       tile.rows[first + i] = (tile.rows[first + i] & cold) | (own & ~cold);
+      tile.shards[first + i] = shard | static_cast<int32_t>(~cold);
       if constexpr (kSecondRows) {
         const Bucket& bucket = sketch.buckets[buckets[current][i]];
         const bool medium = is_medium(bucket, tile.keys[first + i]) & (shard >= 0);
@@ -182,6 +183,24 @@ inline void write_keys(const RemapOutput& out, const Tile& tile, int64_t from, i
   const int32_t* __restrict__ shards = tile.shards + place;
   for (int64_t i = 0; i < size; ++i) out.keys[from + i] = keys[i];
   for (int64_t i = 0; i < size; ++i) out.shards[from + i] = shards[i];
+}
+
+// Copies the shards of the tracked ids of samples [begin, end) that are not hot to where the ids
+// came from; those of the others are below 0.
+void write_cold_shards(const RowMap& map, const RemapInput& in, int64_t begin, int64_t end,
+                       const int64_t* places, const Tile& tile, int32_t* cold_shards) {
+  for (int64_t f = 0; f < map.num_features; ++f) {
+    const int64_t from = in.offsets[f * map.batch_size + begin];
+    const int64_t size = in.offsets[f * map.batch_size + end] - from;
+    const bool tracked = Table::load(map.tables, f).index >= 0;
+    const int32_t* __restrict__ shards = tile.shards + places[f] + from;
+    int32_t* __restrict__ out = cold_shards + from;
+    if (tracked) {
+      for (int64_t i = 0; i < size; ++i) out[i] = shards[i];
+    } else {
+      for (int64_t i = 0; i < size; ++i) out[i] = -1;
+    }
+  }
 }
 
 // Maps the ids of samples [begin, end) into a tile; the features that may be hot come first.
@@ -214,6 +233,9 @@ void map_samples(const RowMap& map, const HotSketch& sketch, const RemapInput& i
     if (!tracked || map.shards_held == 0) continue;
     const auto find = out.second == nullptr ? find_hot_rows<false> : find_hot_rows<true>;
     find(map, sketch, tile, place);
+  }
+  if (out.cold_shards != nullptr) {
+    write_cold_shards(map, in, begin, end, places, tile, out.cold_shards);
   }
 }
 

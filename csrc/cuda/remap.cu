@@ -8,7 +8,7 @@
 namespace torchrec_cafe {
 namespace {
 
-using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Remapped = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // lengths[1 + b * F + f] = length of bag (f, b); lengths[0] = 0.
 __global__ void bag_lengths_kernel(const int64_t* __restrict__ offsets, int64_t num_ids,
@@ -27,7 +27,8 @@ struct RemapOutput {
   int32_t* source;  // or null
   int64_t* keys;    // of the ids as they come; null without hot rows
   int32_t* shards;
-  int32_t* second;  // of `rows`; null without second rows
+  int32_t* second;       // of `rows`; null without second rows
+  int32_t* cold_shards;  // as `shards`, below 0 for hot ids too; or null
 };
 
 __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __restrict__ ids,
@@ -62,6 +63,7 @@ __global__ void remap_kernel(RowMap map, HotSketch sketch, const int64_t* __rest
       out.rows[i] = row >= 0 ? map.pool.hot(shard, row) : table.row_offset + shared_row;
       if (out.source != nullptr) out.source[i] = static_cast<int32_t>(from);
       if (out.shards != nullptr) out.shards[from] = shard;
+      if (out.cold_shards != nullptr) out.cold_shards[from] = row >= 0 ? -1 : shard;
     }
   }
 }
@@ -86,8 +88,11 @@ Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tabl
   const int64_t num_second = map.has_second_rows() ? num_tracked : 0;
   Tensor second = torch::stable::new_empty(ids, {num_second}, ScalarType::Int);
   torch::stable::fill_(second, -1);
+  const int64_t num_cold = with_source ? num_tracked : 0;
+  Tensor cold_shards = torch::stable::new_empty(ids, {num_cold}, ScalarType::Int);
+  torch::stable::fill_(cold_shards, -1);
   Tensor lengths = torch::stable::new_zeros(ids, {num_bags + 1});
-  if (num_bags == 0) return {rows, lengths, source, keys, shards, second};
+  if (num_bags == 0) return {rows, lengths, source, keys, shards, second, cold_shards};
   const cudaStream_t stream = current_stream(ids);
   launch(stream, num_bags, bag_lengths_kernel, offsets.const_data_ptr<int64_t>(), num_ids,
          map.num_features, map.batch_size, lengths.mutable_data_ptr<int64_t>());
@@ -96,10 +101,11 @@ Remapped remap_cuda(const Tensor& ids, const Tensor& offsets, const Tensor& tabl
                         with_source ? source.mutable_data_ptr<int32_t>() : nullptr,
                         num_tracked > 0 ? keys.mutable_data_ptr<int64_t>() : nullptr,
                         num_tracked > 0 ? shards.mutable_data_ptr<int32_t>() : nullptr,
-                        num_second > 0 ? second.mutable_data_ptr<int32_t>() : nullptr};
+                        num_second > 0 ? second.mutable_data_ptr<int32_t>() : nullptr,
+                        num_cold > 0 ? cold_shards.mutable_data_ptr<int32_t>() : nullptr};
   launch(stream, num_bags, remap_kernel, map, hot_sketch(buckets), ids.const_data_ptr<int64_t>(),
          num_ids, offsets.const_data_ptr<int64_t>(), out_offsets.const_data_ptr<int64_t>(), out);
-  return {rows, out_offsets, source, keys, shards, second};
+  return {rows, out_offsets, source, keys, shards, second, cold_shards};
 }
 
 }  // namespace

@@ -111,7 +111,7 @@ def of_sketch(generator: torch.Generator) -> dict[str, Call]:
         state = _state(given)
         nothing = torch.empty(0, dtype=torch.int64)
         remapped = ops.Remapped(
-            nothing, nothing, nothing, given.pop("keys"), given.pop("shards"), nothing
+            nothing, nothing, nothing, given.pop("keys"), given.pop("shards"), nothing, nothing
         )
         ops.learn(state, given.pop("norms"), given.pop("grad"), batch=remapped, **given)
 
@@ -119,6 +119,7 @@ def of_sketch(generator: torch.Generator) -> dict[str, Call]:
         "selected": torch.arange(SHARDS),
         "actions": torch.randint(0, 4, (SHARDS, HOT), generator=generator).to(torch.int8),
         "new_keys": torch.randint(0, 11, (SHARDS, HOT), generator=generator),
+        "factors": torch.rand(SHARDS, HOT, generator=generator),
     }
 
     def move_rows(**given: Any) -> None:

@@ -49,7 +49,8 @@ def remap(offsets: torch.Tensor = OFFSETS) -> ops.Remapped:
 
 
 def learn() -> None:
-    batch = ops.Remapped(IDS, OFFSETS, IDS.int(), IDS, (IDS % 16).int(), IDS.int())
+    shards = (IDS % 16).int()
+    batch = ops.Remapped(IDS, OFFSETS, IDS.int(), IDS, shards, IDS.int(), shards)
     norms = torch.zeros((16, 2, 2), dtype=torch.float64)
     grad = torch.ones((len(OFFSETS) - 1, 8))
     features = torch.tensor([0, 1])
@@ -60,7 +61,8 @@ def learn() -> None:
 
 def move_rows() -> None:
     moves = ops.Moves(torch.tensor([3]), *ops.rebalance(state(), torch.tensor([3])))
-    ops.move_rows(torch.zeros(57 + 16 * 6, 8), moves, TABLES, POOL, second_factor=0.5)
+    rows, factors = torch.zeros(57 + 16 * 6, 8), torch.ones(moves.actions.shape)
+    ops.move_rows(rows, moves, TABLES, POOL, second_factor=0.5, factors=factors)
 
 
 def row_dots(offsets: torch.Tensor = OFFSETS) -> None:

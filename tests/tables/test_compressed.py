@@ -315,8 +315,8 @@ def _plainly(
     found = ops.Lookups(batch.rows, batch.offsets, batch.source)
     if bags.pool.layout.rows.second_rows_per_shard > 0:
         found = ops.add_second_rows(batch, bags.pool.layout.rows)
-    factors = reference.key_factors(weights, batch.keys, batch.shards, num_hashes=2)
-    assert (factors[batch.shards < 0] == 1).all()
+    factors = reference.key_factors(weights, batch.keys, batch.cold_shards, num_hashes=2)
+    assert (factors[batch.cold_shards < 0] == 1).all()
     scales = (factors * user.double())[found.source.long()]
     bag = torch.arange(len(offsets) - 1).repeat_interleave(found.offsets.diff())
     pooled = torch.zeros((len(offsets) - 1, DIM), dtype=torch.float64)

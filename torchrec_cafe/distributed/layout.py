@@ -17,7 +17,7 @@ from torchrec_cafe.config import Cafe, MemRec
 from torchrec_cafe.distributed.types import CompressedGroup, CompressedTable
 
 #: Version of what checkpoints hold of compressed tables; older versions of the package refuse it.
-FORMAT = 2
+FORMAT = 3
 
 _NAMES = (
     "num_embeddings",

@@ -36,6 +36,8 @@ class Remapped(NamedTuple):
             ``[0]`` without hot rows.
         second: int32 ``[N]``, besides each of ``rows``, the second row of an id that is medium,
             counted from the first row of the pool, or -1; ``[0]`` without second rows.
+        cold_shards: int32 ``[N]``, as ``shards``, but -1 also for an id that owns a row; ``[0]``
+            without hot rows, or if ``source`` was not asked for.
     """
 
     rows: Tensor
@@ -44,6 +46,7 @@ class Remapped(NamedTuple):
     keys: Tensor
     shards: Tensor
     second: Tensor
+    cold_shards: Tensor
 
 
 def mix_ids(
@@ -180,7 +183,7 @@ def remap(
             [1, 2**47); rows they share, in [1, ids]; mixed id of local id 0; physical row of shared
             row 0; number of the table in its pool, in [0, 2**15), or -1 if its ids are never hot.
         hot: where the ids that own a row are found.
-        with_source: whether to say which id each row came from.
+        with_source: whether to say which id each row came from, and which ids own none.
 
     Raises:
         TypeError: if a dtype is not the one above.
@@ -261,7 +264,7 @@ def _(  # noqa: PLR0913  the schema has as many arguments
     rows_per_shard: int,
     hot_offset: int,
     with_source: bool,  # noqa: FBT001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_same_device("remap", ids=ids, offsets=offsets, tables=tables, buckets=buckets)
     tracked = ids.shape[0] if num_shards > 0 else 0
     return (
@@ -271,4 +274,5 @@ def _(  # noqa: PLR0913  the schema has as many arguments
         ids.new_empty(tracked),
         ids.new_empty(tracked, dtype=torch.int32),
         ids.new_empty(tracked if rows_per_shard > hot_rows_per_shard else 0, dtype=torch.int32),
+        ids.new_empty(tracked if with_source else 0, dtype=torch.int32),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,9 @@ from torchrec_cafe.tables.touched import TouchedRows
 # Weight that the running mean of a table's importance keeps from step to step: it follows the
 # training within some hundred steps and averages over enough occurrences even in a rare table.
 NORM_DECAY = 0.99
+# Most steps between two turns of settling. Each turn costs a few calls whatever there is to do, so
+# some steps have none, and the others more shards.
+TURN_STEPS = 4
 # Steps between two looks at the share of lookups that are hot.
 HOT_SHARE_INTERVAL = 16
 
@@ -105,7 +109,10 @@ class HotRowPool(nn.Module, ShardedState):
         hot_share = torch.zeros(2, dtype=torch.int64, device=tables.device)
         self.register_buffer("_hot_share", hot_share, persistent=False)
         self._step = 0  # host copy of the sketch's steps: reading the tensor would synchronise
-        #: whether a step was learned from that is not settled yet
+        interval = layout.kind.rebalance_interval
+        # It divides the interval, so that every shard has its turn once in it.
+        self._turn_steps = math.gcd(interval, TURN_STEPS)
+        #: whether a turn of settling is due
         self.unsettled = False
         self._turns: dict[int, Tensor] = {}
         self._hot_rows: HotRows | None = None
@@ -245,13 +252,21 @@ class HotRowPool(nn.Module, ShardedState):
             hot = torch.count_nonzero(batch.rows >= self.layout.rows.offset)
             self._hot_share.copy_(torch.stack([hot, torch.count_nonzero(batch.shards >= 0)]))
         self._step += 1
-        self.unsettled = True
+        if self._step % self._turn_steps == 0:
+            self.unsettled = True
 
-    def settle(self, rows: list[Tensor], touched: TouchedRows | None = None) -> None:
-        """Re-assign the hot rows of the shards whose turn it is, once per step learned.
+    def settle(
+        self,
+        rows: list[Tensor],
+        factors: Callable[[Moves], Tensor] | None = None,
+        touched: TouchedRows | None = None,
+    ) -> None:
+        """Re-assign the hot rows of the shards whose turn it is, if a turn is due.
 
         Args:
             rows: physical table and optimizer states, first axis physical rows; mutated.
+            factors: what the rows of new owners were multiplied by, as of
+                :meth:`IdFactors.of_new_owners`; ``None``: nothing.
             touched: notes the rows that change hands; ``None``: nobody wants to know.
         """
         if not self.unsettled:
@@ -272,19 +287,27 @@ class HotRowPool(nn.Module, ShardedState):
         if touched is not None:
             touched.mark_moved(moves, layout.rows)
         with torch.no_grad():
-            for number, tensor in enumerate(rows):
-                # Two rows were looked up as a sum; of their optimizer states the mean is taken.
-                factor = 1.0 if number == 0 else 0.5
-                move_rows(tensor, moves, self.tables, layout.rows, second_factor=factor)
+            # Two rows were looked up as a sum; of their optimizer states the mean is taken.
+            weights, *states = rows
+            move_rows(
+                weights,
+                moves,
+                self.tables,
+                layout.rows,
+                second_factor=1.0,
+                factors=None if factors is None else factors(moves),
+            )
+            for state in states:
+                move_rows(state, moves, self.tables, layout.rows, second_factor=0.5)
 
     def _selected(self) -> Tensor:
         """The shards whose turn it is."""
-        interval = self.layout.kind.rebalance_interval
+        turns = self.layout.kind.rebalance_interval // self._turn_steps
         # By global number, so that the schedule does not depend on the number of ranks.
-        first = (self._step - self.layout.first_shard) % interval
+        first = (self._step // self._turn_steps - self.layout.first_shard) % turns
         if first not in self._turns or self._turns[first].device != self.tables.device:
             last = max(first, self.layout.shards_held)
-            self._turns[first] = torch.arange(first, last, interval, device=self.tables.device)
+            self._turns[first] = torch.arange(first, last, turns, device=self.tables.device)
         return self._turns[first]
 
     def statistics(self) -> dict[str, float]:

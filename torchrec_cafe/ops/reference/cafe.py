@@ -97,7 +97,7 @@ def remap(
     features = tables.shape[0]
     batch_size = (offsets.numel() - 1) // features
     rows, out_offsets, source, second = [], [0], [], []
-    keys, shards = [0] * ids.numel(), [-1] * ids.numel()
+    keys, shards, cold_shards = [0] * ids.numel(), [-1] * ids.numel(), [-1] * ids.numel()
     pool = hot.rows
     for sample in range(batch_size):
         for feature in range(features):
@@ -117,6 +117,7 @@ def remap(
                         if place is not None:
                             slots = hot.buckets.view(torch.int32)[shard, place[0], 3 * SLOTS :]
                             hot_row = int(slots[place[1]])
+                        cold_shards[i] = -1 if hot_row >= 0 else shard
                         if hot_row >= 0:
                             row = pool.offset + shard * pool.rows_per_shard + hot_row
                         if hot_row == MEDIUM:
@@ -136,6 +137,7 @@ def remap(
         second=torch.tensor(
             second[: known if pool.second_rows_per_shard else 0], dtype=torch.int32
         ),
+        cold_shards=torch.tensor(cold_shards[: known if with_source else 0], dtype=torch.int32),
     )
 
 
@@ -286,8 +288,14 @@ def second_row(key: int, num_rows: int) -> int:
     return (hash64(key) & 0xFFFFFFFF) * num_rows >> 32
 
 
-def move_rows(
-    rows: Tensor, moves: Moves, tables: Tensor, pool: PoolRows, *, second_factor: float
+def move_rows(  # noqa: PLR0913  as many as torchrec_cafe.ops.move_rows
+    rows: Tensor,
+    moves: Moves,
+    tables: Tensor,
+    pool: PoolRows,
+    *,
+    second_factor: float,
+    factors: Tensor | None = None,
 ) -> None:
     """See :func:`torchrec_cafe.ops.move_rows`."""
     for i, shard in enumerate(moves.selected.tolist()):
@@ -299,14 +307,12 @@ def move_rows(
                 continue
             key = int(moves.new_keys[i, row])
             num_ids, shared_rows, _, row_offset, *_ = tables[key >> 48].tolist()
-            shared = rows[row_offset + (key & (1 << 48) - 1) * shared_rows // num_ids]
-            if action == ACTION_COPY:
-                rows[first + row] = shared
-            else:
+            moved = rows[row_offset + (key & (1 << 48) - 1) * shared_rows // num_ids].float()
+            if action == ACTION_ADD:
                 at = first + pool.hot_rows_per_shard + second_row(key, pool.second_rows_per_shard)
-                rows[first + row] = (second_factor * (shared.float() + rows[at].float())).to(
-                    rows.dtype
-                )
+                moved = second_factor * (moved + rows[at].float())
+            factor = 1.0 if factors is None else factors[i, row]
+            rows[first + row] = (factor * moved).to(rows.dtype)
 
 
 def add_second_rows(batch: Remapped, pool: PoolRows) -> Lookups:
