@@ -125,7 +125,7 @@ def test_remap_leaves_out_what_is_not_asked_for():
     ids, offsets = torch.arange(6), torch.tensor([0, 2, 4, 6])
     whole = ops.remap(ids, offsets, TABLES, hot_rows_of(hot_state()))
     part = ops.remap(ids, offsets, TABLES, hot_rows_of(hot_state()), with_source=False)
-    assert part.source.numel() == 0
+    assert (part.source.numel(), part.cold_shards.numel()) == (0, 0)
     assert torch.equal(part.rows, whole.rows)
     hashed = ops.remap(ids, offsets, TABLES, ops.HotRows.none())
     assert (hashed.keys.numel(), hashed.shards.numel(), hashed.source.numel()) == (0, 0, 6)
@@ -147,6 +147,7 @@ def test_remap_gives_hot_ids_their_own_rows():
     assert hot.unique().numel() == hot.numel()
     cold = remapped.rows < 13
     assert torch.equal(remapped.rows[cold], (ids * TABLES[0, 1] // TABLES[0, 0])[cold])
+    assert torch.equal(remapped.cold_shards, torch.where(cold, remapped.shards, -1))
 
 
 def test_first_mixed_id_inverts_the_shared_row():

@@ -46,8 +46,8 @@ def make(
     With ``second``, each of the two shards has so many second rows besides; with
     ``num_weight_hashes``, eight weights.
     """
-    options = {"half_life": math.inf} | options
-    kind = Cafe(compression=2, num_shards=SHARDS, rebalance_interval=1, **options)
+    options = {"half_life": math.inf, "rebalance_interval": 1} | options
+    kind = Cafe(compression=2, num_shards=SHARDS, **options)
     fused_params = {"optimizer": optimizer, "learning_rate": 0.5, "eps": 0.1}
     tbe = RowRangeTBE(
         [SHARED, 5, SHARDS * (HOT + second)],
@@ -351,7 +351,7 @@ def test_factors_and_rows_step_as_a_dense_model(weighted: bool):
         torch.testing.assert_close(now.double(), stepped, rtol=1e-5, atol=1e-5)
 
 
-def test_factors_stay_with_ids_that_are_promoted():
+def test_a_promoted_id_goes_on_from_its_row_times_its_factor():
     bags = make(EmbOptimType.EXACT_SGD, num_weight_hashes=2)
     ids, offsets = [3, 11], torch.tensor([0, 1, 2, 2, 2])
     step(bags, ids)
@@ -360,3 +360,36 @@ def test_factors_stay_with_ids_that_are_promoted():
     assert bags.pool is not None
     assert bags.pool.statistics()["promoted"] == 2
     torch.testing.assert_close(pooled.view(4, DIM).double(), expected, rtol=1e-6, atol=1e-6)
+    own = bags.tbe.physical_tensors()[0][[rows_of(bags, id_) for id_ in ids]]
+    assert torch.equal(pooled.view(4, DIM)[[0, 2]], own)
+
+
+def test_hot_ids_train_no_weights():
+    bags = make(EmbOptimType.EXACT_SGD, num_weight_hashes=2)
+    step(bags, [3, 11])
+    bags.settle()
+    assert bags.state is not None
+    weights = bags.state.state_tensors()["weight_table"]
+    before = weights.clone()
+    step(bags, [3, 11, 3])
+    assert torch.equal(weights, before)
+    step(bags, [3, 4])
+    assert not torch.equal(weights, before)
+
+
+@pytest.mark.parametrize(
+    ("interval", "turn"), [(1, 1), (3, 1), (4, 4), (6, 2), (8, 4), (16, 4), (20, 4)]
+)
+def test_every_shard_has_its_turn_once_an_interval(interval: int, turn: int):
+    bags = make(rebalance_interval=interval)
+    assert bags.pool is not None
+    settled: list[tuple[int, int]] = []
+    for number in range(1, 2 * interval + 1):
+        step(bags, [3])
+        if bags.pool.unsettled:
+            settled += [(number, shard) for shard in bags.pool._selected().tolist()]
+        bags.settle()
+    assert all(number % turn == 0 for number, _ in settled)
+    for shard in range(SHARDS):
+        first, second = (number for number, which in settled if which == shard)
+        assert second - first == interval
