@@ -170,6 +170,7 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         )
         self._row_ranges = _ranges(rows_per_table)
         self._no_gradient = torch.zeros(1, dtype=torch.int32, device=device)
+        self._ascending = torch.arange(1, device=device)
 
     def physical_tensors(self) -> list[Tensor]:
         """The physical table and its row-wise optimizer states, first axis rows; views."""
@@ -181,14 +182,17 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
             self._views = _Views(owners, owners[0].data_ptr(), views)
         return list(self._views.views)
 
+    @functools.cached_property
+    def _owner_names(self) -> tuple[str, ...]:
+        where = "dev" if self.current_device.type == "cuda" else "host"
+        has_state = self.optimizer != EmbOptimType.EXACT_SGD
+        return (f"weights_{where}", *([f"momentum1_{where}"] if has_state else []))
+
     def _owners(self) -> tuple[Tensor, ...]:
         """The tensors whose memory the physical table and its first state are in."""
-        where = "dev" if self.current_device.type == "cuda" else "host"
-        weights: Any = getattr(self, f"weights_{where}")
-        if self.optimizer == EmbOptimType.EXACT_SGD:
-            return (weights,)
-        state: Any = getattr(self, f"momentum1_{where}")
-        return weights, state
+        # In every step, where a module's own search takes longer than all else here.
+        held: Any = self._parameters | self._buffers
+        return tuple(held[name] for name in self._owner_names)
 
     @property
     def counts_by_row(self) -> bool:
@@ -229,7 +233,7 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
             rows: int64 ``[N]``, rows of the physical table, which may repeat.
             grads: float32 ``[N, D]``, their gradients.
         """
-        starts = torch.arange(len(rows) + 1, device=rows.device)
+        starts = self._first_numbers(len(rows) + 1)
         update = None if self.counts_by_row else cpu_update(self.optimizer)
         if update is None or rows.device.type != "cpu":
             with torch.enable_grad():
@@ -243,6 +247,12 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         if self._update is None or not self._update.is_of(owners):
             self._update = _Update(update, owners, self._arguments(update))
         self._update(grads, rows, starts)
+
+    def _first_numbers(self, count: int) -> Tensor:
+        """0, 1, ..., count - 1, on the device of the rows."""
+        if len(self._ascending) < count:
+            self._ascending = torch.arange(2 * count, device=self._ascending.device)
+        return self._ascending[:count]
 
     def _arguments(self, update: Operator) -> list[Any]:
         """The operator's arguments by their names; ``None`` where a call gives them."""

@@ -73,6 +73,7 @@ class WeightTable(ShardedState):
         )
         self.touched: TouchedRows | None = None
         self._start = start
+        self._views: tuple[Tensor, Tensor] | None = None
         self.reset()
 
     @property
@@ -83,7 +84,11 @@ class WeightTable(ShardedState):
     @property
     def table(self) -> Tensor:
         """The weights, float32 ``[S, W]``, not copied."""
-        return self._by_shard(self.tbe.split_embedding_weights()[0])
+        rows = self.tbe.physical_tensors()[0]
+        if self._views is None or self._views[0] is not rows:
+            # Taken in every step, and as slow as all else of a small batch.
+            self._views = rows, self._by_shard(rows[: self._num_rows])
+        return self._views[1]
 
     def _by_shard(self, rows: Tensor) -> Tensor:
         """Rows of weights, or of their optimizer state, as ``[S, ...]``."""
