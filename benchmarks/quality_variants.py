@@ -27,11 +27,15 @@ _ABLATED = (100.0, 1000.0)
 #: arguments of Cafe in every variant that does not give them: ablations change one thing, and the
 #: one that they are compared with stays as it is when Cafe's defaults change
 BASELINE_CAFE = ("num_weight_hashes=0", "medium_fraction=0.3", "half_life=4000")
-#: Cafe as it comes: at each compression it is one of the variants
+#: Cafe and MEM-REC as they come: at each compression they are one of the variants
 DEFAULT = "cafe_default"
+MEM_REC_DEFAULT = "mem_rec_default"
 _WITHOUT = "cafe:half_life=16000+medium_fraction=0"
 #: by weights of a factor
 _DEFAULTS = {0: _WITHOUT, 2: f"{_WITHOUT}+num_weight_hashes=2+weight_fraction=0.6"}
+#: by the share of the weights of tables of 16 columns
+_EQUAL_SHARE = 4 / 68
+_MEM_REC_DEFAULTS = {_EQUAL_SHARE: "mem_rec", 0.6: "mem_rec:weight_fraction=.6"}
 #: variants that are made from arguments of a kind and a number of epochs, such as
 #: ``cafe:hot_fraction=.5+half_life=300`` or ``mem_rec:num_hashes=2+epochs=3``
 _GENERIC = re.compile(r"(full|hash|cafe|mem_rec):([^/]+)")
@@ -191,9 +195,11 @@ def trained_as(name: str, compression: float) -> str:
         name: of a variant.
         compression: of the runs.
     """
-    if name != DEFAULT:
-        return name
-    return _DEFAULTS[tc.Cafe(compression=compression).weight_hashes]
+    if name == DEFAULT:
+        return _DEFAULTS[tc.Cafe(compression=compression).weight_hashes]
+    if name == MEM_REC_DEFAULT:
+        return _MEM_REC_DEFAULTS[tc.MemRec(compression=compression).weight_share(row_bytes=64)]
+    return name
 
 
 def _with_default(arguments: Sequence[str]) -> tuple[str, ...]:
@@ -204,6 +210,11 @@ def _with_default(arguments: Sequence[str]) -> tuple[str, ...]:
 
 def _ablation(text: str, *cafe: str) -> Variant:
     return Variant(text=text, cafe=_with_default(cafe), ablation=True)
+
+
+def _mem_rec(text: str, *mem_rec: str) -> Variant:
+    equal = f"weight_fraction={_EQUAL_SHARE!r}"
+    return Variant(text=text, kind="mem_rec", mem_rec=(equal, *mem_rec))
 
 
 VARIANTS = {
@@ -225,13 +236,14 @@ VARIANTS = {
     "cafe_single_level": Variant(
         text="the same without second rows: ids are hot or cold", kind="cafe_single_level"
     ),
-    "mem_rec": Variant(text="MEM-REC, a row and four weights an id", kind="mem_rec"),
-    "mem_rec_two_rows": Variant(
-        text="MEM-REC, two rows and four weights an id", kind="mem_rec", mem_rec=("num_hashes=2",)
+    MEM_REC_DEFAULT: Variant(
+        text="MEM-REC as it comes, a row and four weights an id: from 50x on the weights take .6 "
+        "of the bytes",
+        kind="mem_rec",
     ),
-    "mem_rec_sample": Variant(
-        text="MEM-REC, one vector a sample", kind="mem_rec", mem_rec=("per=sample",)
-    ),
+    "mem_rec": _mem_rec("MEM-REC with as many weights as rows, as in its paper"),
+    "mem_rec_two_rows": _mem_rec("the same with two rows an id", "num_hashes=2"),
+    "mem_rec_sample": _mem_rec("the same with one vector a sample", "per=sample"),
     "oracle": Variant(
         text="frequency oracle of the same bytes: Cafe's division of the budget, the bytes of "
         "hot rows, sketch and maps all given to the ids most frequent in the training split",

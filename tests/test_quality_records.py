@@ -11,7 +11,7 @@ import torchrec_cafe as tc
 from benchmarks import quality
 from benchmarks.quality_records import Records
 from benchmarks.quality_run import Run, Study, restore, write_record
-from benchmarks.quality_variants import DEFAULT, trained_as, variant
+from benchmarks.quality_variants import DEFAULT, MEM_REC_DEFAULT, trained_as, variant
 
 RUN = Run("generator", "hash", 100.0, 0)
 
@@ -72,6 +72,13 @@ def test_what_stands_for_the_default_is_the_default(compression):
         "medium_fraction": default.second_rows,
         "half_life": default.half_life,
     }
+
+
+@pytest.mark.parametrize("compression", [10.0, 49.0, 50.0, 10000.0])
+def test_what_stands_for_mem_rec_as_it_comes_is_that(compression):
+    (text,) = variant(trained_as(MEM_REC_DEFAULT, compression)).mem_rec
+    default = tc.MemRec(compression=compression)
+    assert float(text.removeprefix("weight_fraction=")) == default.weight_share(row_bytes=64)
 
 
 def test_bytes_over_the_budget_are_named():
