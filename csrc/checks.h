@@ -179,8 +179,7 @@ inline void check_learn(const Tensor& grad, const Tensor& offsets, const Tensor&
 }
 
 inline void check_move_rows(const Tensor& rows, const Tensor& actions, const Tensor& new_keys,
-                            const Tensor& selected, const Tensor& tables, const Tensor& factors,
-                            int64_t rows_per_shard) {
+                            const Tensor& selected, const Tensor& tables, int64_t rows_per_shard) {
   STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float ||
                       rows.scalar_type() == ScalarType::Half ||
                       rows.scalar_type() == ScalarType::BFloat16,
@@ -190,18 +189,14 @@ inline void check_move_rows(const Tensor& rows, const Tensor& actions, const Ten
   check_tensor(new_keys, "new_keys", ScalarType::Long, 2);
   check_tensor(selected, "selected", ScalarType::Long, 1);
   check_tensor(tables, "tables", ScalarType::Long, 2);
-  check_tensor(factors, "factors", ScalarType::Float, factors.numel() > 0 ? 2 : 1);
-  check_device(rows, actions, new_keys, selected, tables, factors);
-  STD_TORCH_CHECK(factors.numel() == 0 ||
-                      (factors.size(0) == actions.size(0) && factors.size(1) == actions.size(1)),
-                  "factors must be [selected, hot rows] or empty");
+  check_device(rows, actions, new_keys, selected, tables);
   STD_TORCH_CHECK(actions.size(0) == selected.numel() && new_keys.size(0) == selected.numel() &&
                       actions.size(1) == new_keys.size(1),
                   "actions and new_keys must be [selected, hot rows]");
   STD_TORCH_CHECK(tables.size(1) == kTableColumns, "tables must have ", kTableColumns, " columns");
   STD_TORCH_CHECK(rows_per_shard >= actions.size(1),
                   "`rows_per_shard` must be at least the hot rows of a shard");
-  check_apart(rows, "rows", actions, new_keys, selected, tables, factors);
+  check_apart(rows, "rows", actions, new_keys, selected, tables);
 }
 
 inline void check_second_rows(const Tensor& rows, const Tensor& offsets, const Tensor& source,

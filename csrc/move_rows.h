@@ -14,7 +14,6 @@ struct RowMove {
   int64_t to = 0;
   int64_t from = 0;    // the new owner's shared row
   int64_t second = 0;  // and, for kAddRow, its second row
-  float factor = 1.0f;
 };
 
 // Everything that says which rows move.
@@ -23,7 +22,6 @@ struct RowMoves {
   const int64_t* new_keys;  // [num_selected, hot_rows_per_shard]
   const int64_t* selected;  // [num_selected]
   const int64_t* tables;    // [num_tables, kTableColumns]
-  const float* factors;     // [num_selected, hot_rows_per_shard], or null: all one
   int64_t num_selected;
   int64_t num_tables;
   PoolRows pool;
@@ -36,7 +34,6 @@ struct RowMoves {
     move.to = pool.hot(shard, i % pool.hot_rows_per_shard);
     if (move.action == kClearRow) return move;
     const int64_t key = new_keys[i];
-    if (factors != nullptr) move.factor = factors[i];
     if (table_of_key(key) < 0 || table_of_key(key) >= num_tables) {
       move.from = -1;
       return move;
@@ -63,11 +60,11 @@ CAFE_HOST_DEVICE inline void move_element(T* rows, int64_t columns, const RowMov
   if (move.action == kClearRow) {
     to = static_cast<T>(0.0f);
   } else if (move.action == kCopyRow) {
-    to = static_cast<T>(move.factor * static_cast<float>(rows[move.from * columns + d]));
+    to = rows[move.from * columns + d];
   } else {
     const auto first = static_cast<float>(rows[move.from * columns + d]);
     const auto second = static_cast<float>(rows[move.second * columns + d]);
-    to = static_cast<T>(move.factor * (second_factor * (first + second)));
+    to = static_cast<T>(second_factor * (first + second));
   }
 }
 

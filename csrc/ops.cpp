@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       " -> (Tensor actions, Tensor new_keys)");
   m.def(
       "move_rows(Tensor(a!) rows, Tensor actions, Tensor new_keys, Tensor selected, Tensor tables,"
-      " Tensor factors, int rows_per_shard, int hot_offset, float second_factor) -> ()");
+      " int rows_per_shard, int hot_offset, float second_factor) -> ()");
   m.def(
       "add_second_rows(Tensor rows, Tensor offsets, Tensor source, Tensor second, int hot_offset)"
       " -> (Tensor rows, Tensor offsets, Tensor source)");

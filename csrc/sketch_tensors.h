@@ -53,13 +53,12 @@ inline RebalanceState rebalance_state(const torch::stable::Tensor& buckets,
 inline RowMoves row_moves(const torch::stable::Tensor& actions,
                           const torch::stable::Tensor& new_keys,
                           const torch::stable::Tensor& selected,
-                          const torch::stable::Tensor& tables, const torch::stable::Tensor& factors,
-                          int64_t rows_per_shard, int64_t hot_offset) {
+                          const torch::stable::Tensor& tables, int64_t rows_per_shard,
+                          int64_t hot_offset) {
   return RowMoves{actions.const_data_ptr<int8_t>(),
                   new_keys.const_data_ptr<int64_t>(),
                   selected.const_data_ptr<int64_t>(),
                   tables.const_data_ptr<int64_t>(),
-                  factors.numel() > 0 ? factors.const_data_ptr<float>() : nullptr,
                   selected.numel(),
                   tables.size(0),
                   PoolRows{hot_offset, rows_per_shard, actions.size(1)}};

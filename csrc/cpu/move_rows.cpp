@@ -24,12 +24,11 @@ void move_all(void* rows, int64_t columns, const RowMoves& moves, float second_f
 }
 
 void move_rows_cpu(const Tensor& rows, const Tensor& actions, const Tensor& new_keys,
-                   const Tensor& selected, const Tensor& tables, const Tensor& factors,
-                   int64_t rows_per_shard, int64_t hot_offset, double second_factor) {
-  check_move_rows(rows, actions, new_keys, selected, tables, factors, rows_per_shard);
+                   const Tensor& selected, const Tensor& tables, int64_t rows_per_shard,
+                   int64_t hot_offset, double second_factor) {
+  check_move_rows(rows, actions, new_keys, selected, tables, rows_per_shard);
   check_table_values(tables);
-  const RowMoves moves =
-      row_moves(actions, new_keys, selected, tables, factors, rows_per_shard, hot_offset);
+  const RowMoves moves = row_moves(actions, new_keys, selected, tables, rows_per_shard, hot_offset);
   const int64_t num_rows = rows.size(0);
   for (int64_t i = 0; i < moves.size(); ++i) {
     const RowMove move = moves[i];

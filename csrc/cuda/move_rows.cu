@@ -30,12 +30,11 @@ void move_all(const Tensor& rows, int64_t columns, const RowMoves& moves, float 
 }
 
 void move_rows_cuda(const Tensor& rows, const Tensor& actions, const Tensor& new_keys,
-                    const Tensor& selected, const Tensor& tables, const Tensor& factors,
-                    int64_t rows_per_shard, int64_t hot_offset, double second_factor) {
-  check_move_rows(rows, actions, new_keys, selected, tables, factors, rows_per_shard);
+                    const Tensor& selected, const Tensor& tables, int64_t rows_per_shard,
+                    int64_t hot_offset, double second_factor) {
+  check_move_rows(rows, actions, new_keys, selected, tables, rows_per_shard);
   const torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
-  const RowMoves moves =
-      row_moves(actions, new_keys, selected, tables, factors, rows_per_shard, hot_offset);
+  const RowMoves moves = row_moves(actions, new_keys, selected, tables, rows_per_shard, hot_offset);
   if (moves.size() == 0 || rows.numel() == 0) return;
   const int64_t columns = rows.numel() / rows.size(0);
   const auto factor = static_cast<float>(second_factor);

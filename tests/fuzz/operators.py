@@ -119,7 +119,6 @@ def of_sketch(generator: torch.Generator) -> dict[str, Call]:
         "selected": torch.arange(SHARDS),
         "actions": torch.randint(0, 4, (SHARDS, HOT), generator=generator).to(torch.int8),
         "new_keys": torch.randint(0, 11, (SHARDS, HOT), generator=generator),
-        "factors": torch.rand(SHARDS, HOT, generator=generator),
     }
 
     def move_rows(**given: Any) -> None:

@@ -60,7 +60,7 @@ class Plain:
             if lookup.factors is not None:
                 weights, num_hashes = lookup.factors.weights.table, lookup.factors._num_hashes
                 factors = reference.key_factors(
-                    weights, batch.keys, batch.cold_shards, num_hashes=num_hashes
+                    weights, batch.keys, batch.shards, num_hashes=num_hashes
                 )
         elif isinstance(lookup, QuotientRemainderRows):
             found = reference.quotient_remainder(ids, starts, columns)

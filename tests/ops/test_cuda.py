@@ -186,11 +186,9 @@ def test_rows_of_less_precision_move_the_same_on_both(device: Device, dtype):
     actions = torch.tensor([[0, 1, 2, 3], [3, 3, 1, 2]], dtype=torch.int8)
     moves = ops.Moves(torch.tensor([0, 1]), actions, torch.arange(8).view(2, 4))
     tables = torch.tensor([[100, 20, 0, 0, 0]])
-    factors = torch.rand(moves.actions.shape)
-    ops.move_rows(rows, moves, tables, pool, second_factor=0.5, factors=factors)
+    ops.move_rows(rows, moves, tables, pool, second_factor=0.5)
     moves = ops.Moves(*map(device.put, moves))
-    given = rows_gpu, moves, device.put(tables), pool
-    device.run(ops.move_rows, *given, second_factor=0.5, factors=device.put(factors))
+    device.run(ops.move_rows, rows_gpu, moves, device.put(tables), pool, second_factor=0.5)
     assert torch.equal(rows, rows_gpu.cpu())
 
 

@@ -87,10 +87,9 @@ def test_medium_ids_have_their_shared_row_and_a_second_one():
     seed=st.integers(0, 1000),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     columns=st.sampled_from([(), (1,), (5,)]),
-    scaled=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_moves_match_reference(seed, dtype, columns, scaled):
+def test_moves_match_reference(seed, dtype, columns):
     state = learned(seed)
     generator = torch.Generator().manual_seed(seed)
     batch = remap(torch.randint(0, 11, (60,), generator=generator), state)
@@ -100,10 +99,8 @@ def test_moves_match_reference(seed, dtype, columns, scaled):
     rows = torch.randn((NUM_ROWS, *columns), generator=generator).to(dtype)
     expected = rows.clone()
     tables = TABLES[[0, 2]]
-    factors = torch.rand(moves.actions.shape, generator=generator) if scaled else None
-    options = {"second_factor": 0.5, "factors": factors}
-    ops.move_rows(rows, moves, tables, POOL, **options)
-    reference.move_rows(expected, moves, tables, POOL, **options)
+    ops.move_rows(rows, moves, tables, POOL, second_factor=0.5)
+    reference.move_rows(expected, moves, tables, POOL, second_factor=0.5)
     assert torch.equal(rows, expected)
 
 
@@ -183,14 +180,13 @@ def test_opcheck():
     )
     selected = torch.arange(SHARDS)
     actions, new_keys = ops.rebalance(state, selected)
-    for factors in (torch.empty(0), torch.rand(actions.shape)):
-        torch.library.opcheck(
-            operators.move_rows,
-            (
-                *(torch.randn(NUM_ROWS, 4), actions, new_keys, selected, TABLES[[0, 2]], factors),
-                *(POOL.rows_per_shard, POOL.offset, 1.0),
-            ),
-        )
+    torch.library.opcheck(
+        operators.move_rows,
+        (
+            *(torch.randn(NUM_ROWS, 4), actions, new_keys, selected, TABLES[[0, 2]]),
+            *(POOL.rows_per_shard, POOL.offset, 1.0),
+        ),
+    )
 
 
 def test_errors_name_the_argument():
@@ -220,9 +216,9 @@ def test_moves_that_cannot_be_are_refused_before_anything_moves():
     tables = TABLES[[0, 2]]
     rows = torch.ones(NUM_ROWS, 4)
 
-    def move(key: int, given: torch.Tensor, factors: torch.Tensor | None = None) -> None:
+    def move(key: int, given: torch.Tensor) -> None:
         moves = Moves(selected, actions, torch.tensor([[0, key, 0]]))
-        ops.move_rows(given, moves, tables, POOL, second_factor=1.0, factors=factors)
+        ops.move_rows(given, moves, tables, POOL, second_factor=1.0)
 
     with pytest.raises(ValueError, match="`rows` must hold every row that moves"):
         move(9 << 48, rows)  # a table that the pool does not have
@@ -232,10 +228,6 @@ def test_moves_that_cannot_be_are_refused_before_anything_moves():
         move(3, rows.double())
     with pytest.raises(ValueError, match="`rows` must be contiguous"):
         move(3, rows.t())
-    with pytest.raises(ValueError, match=r"`factors` must have shape \[1, 3\], got \[1, 2\]"):
-        move(3, rows, torch.ones(1, 2))
-    with pytest.raises(TypeError, match=r"`factors` must be torch.float32, got torch.float64"):
-        move(3, rows, torch.ones(1, 3, dtype=torch.float64))
     assert (rows == 1).all()
     move(3, rows)
     assert not rows[POOL.offset + POOL.rows_per_shard].any()

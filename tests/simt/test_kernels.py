@@ -61,8 +61,7 @@ def learn() -> None:
 
 def move_rows() -> None:
     moves = ops.Moves(torch.tensor([3]), *ops.rebalance(state(), torch.tensor([3])))
-    rows, factors = torch.zeros(57 + 16 * 6, 8), torch.ones(moves.actions.shape)
-    ops.move_rows(rows, moves, TABLES, POOL, second_factor=0.5, factors=factors)
+    ops.move_rows(torch.zeros(57 + 16 * 6, 8), moves, TABLES, POOL, second_factor=0.5)
 
 
 def row_dots(offsets: torch.Tensor = OFFSETS) -> None:

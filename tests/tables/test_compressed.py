@@ -303,7 +303,7 @@ def test_ranges_of_the_tbe_are_views_of_one_table():
 
 
 def _plainly(
-    bags: CompressedBags, ids: Tensor, offsets: Tensor, user: Tensor
+    bags: CompressedBags, ids: Tensor, offsets: Tensor, user: Tensor, *, hot_learn: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What bags look up, in double precision by autograd; the rows and the weights that it used."""
     assert isinstance(bags.rows, SharedRows)
@@ -315,8 +315,10 @@ def _plainly(
     found = ops.Lookups(batch.rows, batch.offsets, batch.source)
     if bags.pool.layout.rows.second_rows_per_shard > 0:
         found = ops.add_second_rows(batch, bags.pool.layout.rows)
-    factors = reference.key_factors(weights, batch.keys, batch.cold_shards, num_hashes=2)
-    assert (factors[batch.cold_shards < 0] == 1).all()
+    factors = reference.key_factors(weights, batch.keys, batch.shards, num_hashes=2)
+    assert (factors[batch.shards < 0] == 1).all()
+    if not hot_learn:
+        factors = torch.where(batch.cold_shards < 0, factors.detach(), factors)
     scales = (factors * user.double())[found.source.long()]
     bag = torch.arange(len(offsets) - 1).repeat_interleave(found.offsets.diff())
     pooled = torch.zeros((len(offsets) - 1, DIM), dtype=torch.float64)
@@ -324,10 +326,11 @@ def _plainly(
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_factors_and_rows_step_as_a_dense_model(weighted: bool):
+@pytest.mark.parametrize(("steps", "hot_learn"), [(6, False), (7, True)])
+def test_factors_and_rows_step_as_a_dense_model(weighted: bool, steps: int, hot_learn: bool):
     """Cold, medium and hot ids, and those of a table that is kept whole."""
     bags = make(EmbOptimType.EXACT_SGD, second=2, num_weight_hashes=2)
-    for _ in range(6):
+    for _ in range(steps):
         step(bags, [3, 3, 3, 11, 11, 11, 25, 25, 30, 38], pull=0.01)
     bags.settle()
     assert bags.pool is not None
@@ -335,7 +338,7 @@ def test_factors_and_rows_step_as_a_dense_model(weighted: bool):
     ids = torch.tensor([3, 11, 25, 30, 38, 5, 5, 0, 4, 4])
     offsets = torch.tensor([0, 2, 4, 7, 8, 9, 10, 10, 10])  # four bags of each table
     user = torch.rand(len(ids)) if weighted else torch.ones(len(ids))
-    expected, rows, weights = _plainly(bags, ids, offsets, user)
+    expected, rows, weights = _plainly(bags, ids, offsets, user, hot_learn=hot_learn)
     pooled = bags(ids, offsets, user if weighted else None).view(8, DIM)
     torch.testing.assert_close(pooled.double(), expected, rtol=1e-5, atol=1e-5)
     pull = torch.randn(8, DIM)
@@ -351,7 +354,7 @@ def test_factors_and_rows_step_as_a_dense_model(weighted: bool):
         torch.testing.assert_close(now.double(), stepped, rtol=1e-5, atol=1e-5)
 
 
-def test_a_promoted_id_goes_on_from_its_row_times_its_factor():
+def test_factors_stay_with_ids_that_are_promoted():
     bags = make(EmbOptimType.EXACT_SGD, num_weight_hashes=2)
     ids, offsets = [3, 11], torch.tensor([0, 1, 2, 2, 2])
     step(bags, ids)
@@ -360,21 +363,28 @@ def test_a_promoted_id_goes_on_from_its_row_times_its_factor():
     assert bags.pool is not None
     assert bags.pool.statistics()["promoted"] == 2
     torch.testing.assert_close(pooled.view(4, DIM).double(), expected, rtol=1e-6, atol=1e-6)
-    own = bags.tbe.physical_tensors()[0][[rows_of(bags, id_) for id_ in ids]]
-    assert torch.equal(pooled.view(4, DIM)[[0, 2]], own)
 
 
-def test_hot_ids_train_no_weights():
+def test_hot_ids_train_their_factor_in_one_step_of_four():
     bags = make(EmbOptimType.EXACT_SGD, num_weight_hashes=2)
     step(bags, [3, 11])
     bags.settle()
     assert bags.state is not None
     weights = bags.state.state_tensors()["weight_table"]
+    changed = []
+    for _ in range(2, 9):
+        before = weights.clone()
+        step(bags, [3, 11, 3], pull=0.01)
+        changed.append(not torch.equal(weights, before))
+    assert changed == [False, False, True, False, False, False, True]
     before = weights.clone()
-    step(bags, [3, 11, 3])
-    assert torch.equal(weights, before)
-    step(bags, [3, 4])
+    step(bags, [3, 4])  # a cold one
     assert not torch.equal(weights, before)
+    bags.eval()  # no steps to count
+    for _ in range(2):
+        before = weights.clone()
+        step(bags, [3, 11], pull=0.01)
+        assert not torch.equal(weights, before)
 
 
 @pytest.mark.parametrize(

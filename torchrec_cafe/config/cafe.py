@@ -87,10 +87,10 @@ class Cafe(TableKind):
             that are important, but not enough for a row of their own, look up the sum of two
             shared rows. 0: none. ``None``: 0.3 from a compression of 300 on if ids have no factors
             (``num_weight_hashes=0``), else 0.
-        num_weight_hashes: weights whose sum scales the rows of an id that owns none, learned as
-            MEM-REC's are, in [0, 16]: ids that share a row differ in it. 0: rows are not scaled.
-            ``None``: 2 from a compression of 50 on, which is where they pay in accuracy for the
-            time that they cost, else 0.
+        num_weight_hashes: weights whose sum scales the rows of an id, learned as MEM-REC's are, in
+            [0, 16]: ids that share a row differ in it. 0: rows are not scaled. ``None``: 2 from a
+            compression of 50 on, which is where they pay in accuracy for the time that they cost,
+            else 0.
         weight_fraction: share of the budget, after whole tables, that goes to these weights, if
             there are any, in (0, 1); less where too little would be left for rows.
         slots_per_hot_row: slots of the sketch per hot row, >= 1; more remember more candidates.

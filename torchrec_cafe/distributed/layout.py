@@ -17,7 +17,7 @@ from torchrec_cafe.config import Cafe, MemRec
 from torchrec_cafe.distributed.types import CompressedGroup, CompressedTable
 
 #: Version of what checkpoints hold of compressed tables; older versions of the package refuse it.
-FORMAT = 3
+FORMAT = 2
 
 _NAMES = (
     "num_embeddings",

@@ -42,19 +42,13 @@ class Moves(NamedTuple):
     new_keys: Tensor
 
 
-def move_rows(  # noqa: PLR0913  all that says what a row becomes
-    rows: Tensor,
-    moves: Moves,
-    tables: Tensor,
-    pool: PoolRows,
-    *,
-    second_factor: float,
-    factors: Tensor | None = None,
+def move_rows(
+    rows: Tensor, moves: Moves, tables: Tensor, pool: PoolRows, *, second_factor: float
 ) -> None:
     """Fill the hot rows that have a new owner, and clear those that have lost theirs.
 
     A new owner's row becomes the shared row that it was trained on or, if the id was medium,
-    ``second_factor`` times the sum of its shared and its second row; times its factor.
+    ``second_factor`` times the sum of its shared and its second row.
 
     Args:
         rows: float32, float16 or bfloat16 ``[R, ...]``, contiguous: weights or a row-wise optimizer
@@ -65,7 +59,6 @@ def move_rows(  # noqa: PLR0913  all that says what a row becomes
         pool: where the hot rows lie.
         second_factor: 1 for weights, which are looked up as a sum; .5 for a state, so that it is
             the mean of the two rows'.
-        factors: float32 ``[n, H]``, of each hot row's new owner; ``None``: all one.
 
     Raises:
         TypeError: if a dtype is not the one above.
@@ -78,7 +71,6 @@ def move_rows(  # noqa: PLR0913  all that says what a row becomes
 
     Reference: CAFE (SIGMOD 2024), section 3.3; medium ids: section 3.4.
     """
-    given = moves.actions.new_empty(0, dtype=torch.float32) if factors is None else factors
     try:
         torch.ops.torchrec_cafe.move_rows.default(
             rows,
@@ -86,7 +78,6 @@ def move_rows(  # noqa: PLR0913  all that says what a row becomes
             moves.new_keys,
             moves.selected,
             tables,
-            given,
             pool.rows_per_shard,
             pool.offset,
             second_factor,
@@ -103,12 +94,8 @@ def move_rows(  # noqa: PLR0913  all that says what a row becomes
         check_tensor("move_rows", "moves.actions", moves.actions, torch.int8, (count, None))
         shape = tuple(moves.actions.shape)
         check_tensor("move_rows", "moves.new_keys", moves.new_keys, torch.int64, shape)
-        if factors is not None:
-            check_tensor("move_rows", "factors", factors, torch.float32, shape)
         check_tensor("move_rows", "tables", tables, torch.int64, (None, len(TABLE_COLUMNS)))
-        check_same_device(
-            "move_rows", rows=rows, actions=moves.actions, tables=tables, factors=given
-        )
+        check_same_device("move_rows", rows=rows, actions=moves.actions, tables=tables)
         raise value_error("move_rows", error) from None
 
 
@@ -198,12 +185,11 @@ def _(  # noqa: PLR0913  the schema has as many arguments
     new_keys: Tensor,
     selected: Tensor,
     tables: Tensor,
-    factors: Tensor,
     rows_per_shard: int,
     hot_offset: int,
     second_factor: float,
 ) -> None:
-    check_same_device("move_rows", rows=rows, actions=actions, tables=tables, factors=factors)
+    check_same_device("move_rows", rows=rows, actions=actions, tables=tables)
 
 
 @torch.library.register_fake("torchrec_cafe::add_second_rows")

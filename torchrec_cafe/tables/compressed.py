@@ -88,6 +88,4 @@ class CompressedBags(nn.Module):
         """Apply what the last step has taught; see :meth:`HotRowPool.settle`."""
         if self.pool is not None and self.pool.unsettled:  # the rows are asked for only then
             with record_function("CompressedBags.settle"):
-                factors = self.rows.factors if isinstance(self.rows, SharedRows) else None
-                of_new_owners = None if factors is None else factors.of_new_owners
-                self.pool.settle(self.tbe.physical_tensors(), of_new_owners, self.touched)
+                self.pool.settle(self.tbe.physical_tensors(), self.touched)

@@ -198,7 +198,12 @@ class TableFiller:
 
     def _add_own(self, batch: Remapped, values: Tensor, which: Tensor) -> None:
         """Write the rows of hot ids."""
-        self._write(batch.rows[which], values.index_select(0, which))
+        values = values.index_select(0, which)
+        if self._lookup.factors is not None:
+            hot = batch._replace(keys=batch.keys[which], shards=batch.shards[which])
+            factors = self._lookup.factors.of(hot).unsqueeze(1)
+            values[:, : self._widths[0]] /= factors  # lookups multiply by it
+        self._write(batch.rows[which], values)
 
     def finish(self) -> None:
         """Write the means; a row whose ids are all hot becomes the mean of theirs."""

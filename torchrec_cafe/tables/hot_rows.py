@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,11 @@ class HotRowPool(nn.Module, ShardedState):
         return self.layout.first_shard
 
     @property
+    def steps(self) -> int:
+        """Steps learned from, since training began."""
+        return self._step
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the state: sketch, map of owners and statistics."""
         return sum(t.numel() * t.element_size() for t in self.state_tensors().values())
@@ -255,18 +260,11 @@ class HotRowPool(nn.Module, ShardedState):
         if self._step % self._turn_steps == 0:
             self.unsettled = True
 
-    def settle(
-        self,
-        rows: list[Tensor],
-        factors: Callable[[Moves], Tensor] | None = None,
-        touched: TouchedRows | None = None,
-    ) -> None:
+    def settle(self, rows: list[Tensor], touched: TouchedRows | None = None) -> None:
         """Re-assign the hot rows of the shards whose turn it is, if a turn is due.
 
         Args:
             rows: physical table and optimizer states, first axis physical rows; mutated.
-            factors: what the rows of new owners were multiplied by, as of
-                :meth:`IdFactors.of_new_owners`; ``None``: nothing.
             touched: notes the rows that change hands; ``None``: nobody wants to know.
         """
         if not self.unsettled:
@@ -287,18 +285,10 @@ class HotRowPool(nn.Module, ShardedState):
         if touched is not None:
             touched.mark_moved(moves, layout.rows)
         with torch.no_grad():
-            # Two rows were looked up as a sum; of their optimizer states the mean is taken.
-            weights, *states = rows
-            move_rows(
-                weights,
-                moves,
-                self.tables,
-                layout.rows,
-                second_factor=1.0,
-                factors=None if factors is None else factors(moves),
-            )
-            for state in states:
-                move_rows(state, moves, self.tables, layout.rows, second_factor=0.5)
+            for number, tensor in enumerate(rows):
+                # Two rows were looked up as a sum; of their optimizer states the mean is taken.
+                factor = 1.0 if number == 0 else 0.5
+                move_rows(tensor, moves, self.tables, layout.rows, second_factor=factor)
 
     def _selected(self) -> Tensor:
         """The shards whose turn it is."""

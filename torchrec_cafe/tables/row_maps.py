@@ -119,7 +119,7 @@ class SharedRowMap(RowMap):
 
     def forward(self, ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Find the rows; see the base class."""
-        rows, starts, source, keys, _, second, shards = torch.ops.torchrec_cafe.remap(
+        rows, starts, source, keys, shards, second, _ = torch.ops.torchrec_cafe.remap(
             self.mixed(ids, offsets),
             offsets,
             self.tables,

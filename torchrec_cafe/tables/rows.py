@@ -28,6 +28,10 @@ from torchrec_cafe.tables.hot_rows import HotRowPool, PoolLayout
 from torchrec_cafe.tables.state import JointState, ShardedState
 from torchrec_cafe.tables.weights import IdFactors
 
+# Hot ids train their factor in one step of so many. Most lookups are theirs, so that in every step
+# their factors would cost more than all others; and rows of their own learn without.
+HOT_FACTOR_STEPS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class TableLayout:
@@ -304,8 +308,12 @@ class SharedRows(RowLookup):
         self._learn_factors(grad, looked, self._all)
 
     def _learn_factors(self, grad: Tensor, looked: _Looked, features: Tensor) -> None:
-        if self.factors is not None:
-            self.factors.learn(grad, looked.found, looked.batch, looked.given, features)
+        if self.factors is None:
+            return
+        found, batch = looked.found, looked.batch
+        passes = self.pool is not None and self.training and self.pool.steps % HOT_FACTOR_STEPS
+        shards = batch.cold_shards if passes else batch.shards
+        self.factors.learn(grad, found, batch, looked.given, features, shards=shards)
 
 
 class _Looked(NamedTuple):

@@ -11,16 +11,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor
 
-from torchrec_cafe.ops import (
-    ACTION_ADD,
-    ACTION_COPY,
-    Lookups,
-    Moves,
-    Remapped,
-    key_factors,
-    key_factors_backward,
-    row_dots,
-)
+from torchrec_cafe.ops import Lookups, Remapped, key_factors, key_factors_backward, row_dots
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.state import ShardedState
 from torchrec_cafe.tables.touched import TouchedRows
@@ -137,10 +128,9 @@ class WeightTable(ShardedState):
 
 @final
 class IdFactors:
-    """A learned factor for every id that a pool tracks but gives no row: the sum of some weights.
+    """A learned factor for every id that a pool tracks: the sum of some weights.
 
-    Ids that share a row differ in it. The row of an id that is promoted starts as what it looked up
-    before, factor and all.
+    Ids that share a row differ in it. It stays with the id when that is promoted or demoted.
 
     Args:
         weights: they start at ``1 / num_hashes``, so that factors start at about one.
@@ -155,25 +145,9 @@ class IdFactors:
         self._tbe = tbe
 
     def of(self, batch: Remapped) -> Tensor:
-        """The factor of each id of a batch, float32 ``[N]``; 1 if it has none.
-
-        Args:
-            batch: what :func:`remap` made of it, with ``cold_shards``.
-        """
+        """The factor of each id of a batch, float32 ``[N]``; 1 for ids that are not tracked."""
         table = self.weights.table
-        return key_factors(table, batch.keys, batch.cold_shards, num_hashes=self._num_hashes)
-
-    def of_new_owners(self, moves: Moves) -> Tensor:
-        """The factor that the new owner of each hot row has had, float32 ``[n, H]``.
-
-        Args:
-            moves: what :func:`rebalance` returned.
-        """
-        fills = (moves.actions == ACTION_COPY) | (moves.actions == ACTION_ADD)
-        shards = torch.where(fills, moves.selected.unsqueeze(1), -1).int()
-        table, keys = self.weights.table, moves.new_keys.flatten()
-        factors = key_factors(table, keys, shards.flatten(), num_hashes=self._num_hashes)
-        return factors.view_as(shards)
+        return key_factors(table, batch.keys, batch.shards, num_hashes=self._num_hashes)
 
     def learn(
         self,
@@ -182,6 +156,8 @@ class IdFactors:
         batch: Remapped,
         given: Tensor | None,
         features: Tensor,
+        *,
+        shards: Tensor,
     ) -> None:
         """Train the weights, before FBGEMM changes the rows that they were multiplied with.
 
@@ -191,17 +167,17 @@ class IdFactors:
             batch: the ids.
             given: float32 ``[N]``, further factor of each id; ``None``: all one.
             features: int64 ``[F]``, below 0 those whose ids are not tracked.
+            shards: int32 ``[N]``, of ``batch`` the ``shards`` or ``cold_shards``: ids with a shard
+                below 0 teach nothing.
         """
         table = self._tbe.physical_tensors()[0]
-        of_ids = row_dots(
-            grad.float().contiguous(), table, found, shards=batch.cold_shards, features=features
-        )
+        of_ids = row_dots(grad.float().contiguous(), table, found, shards=shards, features=features)
         if given is not None:
             of_ids *= given
         rows, grads = key_factors_backward(
             of_ids,
             batch.keys,
-            batch.cold_shards,
+            shards,
             shape=self.weights.shape,
             num_hashes=self._num_hashes,
         )

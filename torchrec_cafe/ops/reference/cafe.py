@@ -288,14 +288,8 @@ def second_row(key: int, num_rows: int) -> int:
     return (hash64(key) & 0xFFFFFFFF) * num_rows >> 32
 
 
-def move_rows(  # noqa: PLR0913  as many as torchrec_cafe.ops.move_rows
-    rows: Tensor,
-    moves: Moves,
-    tables: Tensor,
-    pool: PoolRows,
-    *,
-    second_factor: float,
-    factors: Tensor | None = None,
+def move_rows(
+    rows: Tensor, moves: Moves, tables: Tensor, pool: PoolRows, *, second_factor: float
 ) -> None:
     """See :func:`torchrec_cafe.ops.move_rows`."""
     for i, shard in enumerate(moves.selected.tolist()):
@@ -307,12 +301,14 @@ def move_rows(  # noqa: PLR0913  as many as torchrec_cafe.ops.move_rows
                 continue
             key = int(moves.new_keys[i, row])
             num_ids, shared_rows, _, row_offset, *_ = tables[key >> 48].tolist()
-            moved = rows[row_offset + (key & (1 << 48) - 1) * shared_rows // num_ids].float()
-            if action == ACTION_ADD:
+            shared = rows[row_offset + (key & (1 << 48) - 1) * shared_rows // num_ids]
+            if action == ACTION_COPY:
+                rows[first + row] = shared
+            else:
                 at = first + pool.hot_rows_per_shard + second_row(key, pool.second_rows_per_shard)
-                moved = second_factor * (moved + rows[at].float())
-            factor = 1.0 if factors is None else factors[i, row]
-            rows[first + row] = (factor * moved).to(rows.dtype)
+                rows[first + row] = (second_factor * (shared.float() + rows[at].float())).to(
+                    rows.dtype
+                )
 
 
 def add_second_rows(batch: Remapped, pool: PoolRows) -> Lookups:
