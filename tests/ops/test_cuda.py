@@ -132,7 +132,7 @@ def test_learning_is_the_same_on_both(device: Device):
         offsets = bags(4 * samples, 4, generator)
         keys, shards, weights = draw(int(offsets[-1]), number, hot=number == 2)
         empty = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int32)
-        batch = ops.Remapped(empty[0], empty[0], empty[1], keys, shards, empty[1])
+        batch = ops.Remapped(empty[0], empty[0], empty[1], keys, shards, empty[1], empty[1])
         told = {"weights": weights if number % 2 else None, "features": features}
         options = {"decay": 0.9, "growth": 4.0}
         ops.learn(cpu, norms, grad, offsets, batch, **told, **options)

@@ -24,6 +24,7 @@ def batch_of(keys: list[int], shards: list[int]) -> Remapped:
         keys=torch.tensor(keys, dtype=torch.int64),
         shards=torch.tensor(shards, dtype=torch.int32),
         second=torch.empty(0, dtype=torch.int32),
+        cold_shards=torch.empty(0, dtype=torch.int32),
     )
 
 
