@@ -371,20 +371,16 @@ def test_hot_ids_train_their_factor_in_one_step_of_four():
     bags.settle()
     assert bags.state is not None
     weights = bags.state.state_tensors()["weight_table"]
-    changed = []
-    for _ in range(2, 9):
+
+    def trains(ids: list[int]) -> bool:
         before = weights.clone()
-        step(bags, [3, 11, 3], pull=0.01)
-        changed.append(not torch.equal(weights, before))
-    assert changed == [False, False, True, False, False, False, True]
-    before = weights.clone()
-    step(bags, [3, 4])  # a cold one
-    assert not torch.equal(weights, before)
+        step(bags, ids, pull=0.01)
+        return not torch.equal(weights, before)
+
+    assert [trains([3, 11, 3]) for _ in range(2, 9)] == [n % 4 == 0 for n in range(2, 9)]
+    assert trains([3, 4])  # a cold one
     bags.eval()  # no steps to count
-    for _ in range(2):
-        before = weights.clone()
-        step(bags, [3, 11], pull=0.01)
-        assert not torch.equal(weights, before)
+    assert all(trains([3, 11]) for _ in range(2))
 
 
 @pytest.mark.parametrize(
@@ -400,6 +396,5 @@ def test_every_shard_has_its_turn_once_an_interval(interval: int, turn: int):
             settled += [(number, shard) for shard in bags.pool._selected().tolist()]
         bags.settle()
     assert all(number % turn == 0 for number, _ in settled)
-    for shard in range(SHARDS):
-        first, second = (number for number, which in settled if which == shard)
-        assert second - first == interval
+    turns = [[number for number, which in settled if which == shard] for shard in range(SHARDS)]
+    assert [second - first for first, second in turns] == [interval] * SHARDS
