@@ -191,8 +191,9 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
     def _owners(self) -> tuple[Tensor, ...]:
         """The tensors whose memory the physical table and its first state are in."""
         # In every step, where a module's own search takes longer than all else here.
-        held: Any = self._parameters | self._buffers
-        return tuple(held[name] for name in self._owner_names)
+        parameters: Any = self._parameters
+        buffers: Any = self._buffers
+        return tuple((parameters if n in parameters else buffers)[n] for n in self._owner_names)
 
     @property
     def counts_by_row(self) -> bool:

@@ -311,6 +311,7 @@ class SharedRows(RowLookup):
         if self.factors is None:
             return
         found, batch = looked.found, looked.batch
+        # Outside of training no steps are counted: all ids learn.
         passes = self.pool is not None and self.training and self.pool.steps % HOT_FACTOR_STEPS
         shards = batch.cold_shards if passes else batch.shards
         self.factors.learn(grad, found, batch, looked.given, features, shards=shards)
