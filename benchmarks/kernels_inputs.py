@@ -200,14 +200,6 @@ def calls(inputs: Inputs) -> dict[str, Call]:
             (inputs.rows,),
         ),
         **_factors(inputs),
-        "row_dots": Call(
-            lambda m: m.row_dots(
-                *(inputs.grad, inputs.rows, inputs.lookups),
-                shards=batch.shards,
-                features=inputs.features,
-            ),
-            4 * bags * dim + bag_bytes + (4 * dim + 12 + 4) * n,
-        ),
     } | _mem_rec(inputs)
 
 
@@ -245,6 +237,7 @@ def _mix(inputs: Inputs) -> Call:
 
 def _factors(inputs: Inputs) -> dict[str, Call]:
     batch, n = inputs.batch, inputs.sizes.num_ids
+    bags, dim = inputs.sizes.num_bags, inputs.sizes.dim
     line = 4 * ops.WEIGHTS_PER_LINE
     options: dict[str, Any] = {"shape": tuple(inputs.weights.shape), "num_hashes": NUM_HASHES}
     return {
@@ -254,10 +247,12 @@ def _factors(inputs: Inputs) -> dict[str, Call]:
             ),
             (12 + line + 4) * n,
         ),
-        "key_factors_backward": Call(
-            lambda m: m.key_factors_backward(
-                inputs.importance, batch.keys, batch.shards, **options
+        "factor_gradients": Call(
+            lambda m: m.factor_gradients(
+                *(inputs.grad, inputs.rows, inputs.lookups, batch.keys, batch.shards),
+                features=inputs.features,
+                **options,
             ),
-            (4 + 12 + 8 + line) * n,
+            4 * bags * dim + 8 * bags + (4 * dim + 12 + 12 + 8 + line) * n,
         ),
     }

@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
+
 #include "bloom.h"
 #include "factor_lines.h"
 #include "hot_sketch.h"
@@ -142,32 +144,38 @@ inline void check_bags_of_features(const Tensor& grad, const Tensor& features) {
                   "grad must be [samples * features, dim]");
 }
 
+// A number for each key.
+inline void check_of_keys(const Tensor& values, const char* name, const Tensor& keys) {
+  check_tensor(values, name, ScalarType::Float, 1);
+  check_device(keys, values);
+  STD_TORCH_CHECK(values.numel() == keys.numel(), "`", name, "` must be as long as `keys`");
+}
+
 inline void check_learn(const Tensor& grad, const Tensor& offsets, const Tensor& keys,
-                        const Tensor& shards, const Tensor& weights, const Tensor& features,
-                        const Tensor& norms, const Tensor& buckets, const Tensor& inflation,
-                        const Tensor& counters) {
+                        const Tensor& shards, const std::optional<Tensor>& weights,
+                        const Tensor& features, const Tensor& norms, const Tensor& buckets,
+                        const Tensor& inflation, const Tensor& counters) {
   check_tensor(grad, "grad", ScalarType::Float, 2);
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
   check_tensor(keys, "keys", ScalarType::Long, 1);
   check_tensor(shards, "shards", ScalarType::Int, 1);
-  check_tensor(weights, "weights", ScalarType::Float, 1);
+  if (weights) check_of_keys(*weights, "weights", keys);
   check_tensor(features, "features", ScalarType::Long, 1);
   check_tensor(norms, "norms", ScalarType::Double, 3);
   check_count(keys.numel(), "keys");
   check_count(grad.size(0), "grad");
-  STD_TORCH_CHECK(
-      shards.numel() == keys.numel() && (weights.numel() == keys.numel() || weights.numel() == 0),
-      "keys, shards and weights must have the same length");
+  STD_TORCH_CHECK(shards.numel() == keys.numel(), "keys and shards must have the same length");
   STD_TORCH_CHECK(offsets.numel() == grad.size(0) + 1, "offsets must have a number for each bag");
   check_bags_of_features(grad, features);
   STD_TORCH_CHECK(grad.size(1) % 4 == 0, "grad must have a multiple of 4 columns");
   check_statistics(buckets, inflation, counters);
   STD_TORCH_CHECK(norms.size(0) == buckets.size(0) && norms.size(2) == 2,
                   "norms must be [shards, tables, 2]");
-  check_device(grad, offsets, keys, shards, weights, features, norms, buckets);
+  check_device(grad, offsets, keys, shards, features, norms, buckets);
   STD_TORCH_CHECK(buckets.size(0) == 0 || buckets.size(1) > 0, "buckets must not be empty");
   const auto apart = [&](const Tensor& written, const char* name) {
-    check_apart(written, name, grad, offsets, keys, shards, weights, features);
+    check_apart(written, name, grad, offsets, keys, shards, features);
+    if (weights) check_apart(written, name, *weights);
   };
   apart(norms, "norms");
   apart(buckets, "buckets");
@@ -254,9 +262,20 @@ inline void check_keys(const Tensor& keys, const Tensor& shards, int64_t shards_
   check_count(keys.numel(), "keys");
 }
 
-inline void check_row_dots(const Tensor& grad, const Tensor& table, const Tensor& rows,
-                           const Tensor& offsets, const Tensor& source, const Tensor& shards,
-                           const Tensor& features) {
+inline void check_key_factors(const Tensor& weights, const Tensor& keys, const Tensor& shards,
+                              int64_t num_hashes, const std::optional<Tensor>& source) {
+  check_tensor(weights, "weights", ScalarType::Float, 2);
+  check_keys(keys, shards, weights.size(0), weights.size(1), num_hashes);
+  check_device(weights, keys);
+  if (!source) return;
+  check_tensor(*source, "source", ScalarType::Int, 1);
+  check_device(keys, *source);
+}
+
+inline void check_factor_gradients(const Tensor& grad, const Tensor& table, const Tensor& rows,
+                                   const Tensor& offsets, const Tensor& source, const Tensor& keys,
+                                   const Tensor& shards, const std::optional<Tensor>& given,
+                                   const Tensor& features) {
   check_tensor(grad, "grad", ScalarType::Float, 2);
   STD_TORCH_CHECK(
       table.scalar_type() == ScalarType::Float || table.scalar_type() == ScalarType::Half,
@@ -265,9 +284,10 @@ inline void check_row_dots(const Tensor& grad, const Tensor& table, const Tensor
   check_tensor(rows, "rows", ScalarType::Long, 1);
   check_tensor(offsets, "offsets", ScalarType::Long, 1);
   check_tensor(source, "source", ScalarType::Int, 1);
-  check_tensor(shards, "shards", ScalarType::Int, 1);
+  check_tensor(keys, "keys", ScalarType::Long, 1);
+  if (given) check_of_keys(*given, "given", keys);
   check_tensor(features, "features", ScalarType::Long, 1);
-  check_device(grad, table, rows, offsets, source, shards, features);
+  check_device(grad, table, rows, offsets, source, keys, shards, features);
   check_bags_of_features(grad, features);
   STD_TORCH_CHECK(grad.size(0) == offsets.numel() - 1 && grad.size(1) == table.size(1),
                   "`grad` must have a row for each bag, and the columns of `table`");

@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       "observe(Tensor keys, Tensor shards, Tensor importance, Tensor(a!) buckets,"
       " Tensor(b!) inflation, Tensor(c!) counters, float growth) -> ()");
   m.def(
-      "learn(Tensor grad, Tensor offsets, Tensor keys, Tensor shards, Tensor weights,"
+      "learn(Tensor grad, Tensor offsets, Tensor keys, Tensor shards, Tensor? weights,"
       " Tensor features, Tensor(a!) norms, Tensor(b!) buckets, Tensor(c!) inflation,"
       " Tensor(d!) counters, float decay, float growth) -> ()");
   m.def(
@@ -35,13 +35,13 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
   m.def(
       "bloom_rows(Tensor ids, Tensor offsets, Tensor tables, int first_shard, int shards_held,"
       " int rows_per_shard, int num_hashes) -> (Tensor rows, Tensor offsets, Tensor source)");
-  m.def("key_factors(Tensor weights, Tensor keys, Tensor shards, int num_hashes) -> Tensor");
   m.def(
-      "key_factors_backward(Tensor grad, Tensor keys, Tensor shards, int shards_held,"
+      "key_factors(Tensor weights, Tensor keys, Tensor shards, int num_hashes,"
+      " Tensor? source=None) -> Tensor");
+  m.def(
+      "factor_gradients(Tensor grad, Tensor table, Tensor rows, Tensor offsets, Tensor source,"
+      " Tensor keys, Tensor shards, Tensor? given, Tensor features, int shards_held,"
       " int weights_per_shard, int num_hashes) -> (Tensor rows, Tensor grads)");
-  m.def(
-      "row_dots(Tensor grad, Tensor table, Tensor rows, Tensor offsets, Tensor source,"
-      " Tensor shards, Tensor features) -> Tensor");
   m.def(
       "bloom_union(Tensor ids, Tensor offsets, Tensor tables, int first_shard, int shards_held,"
       " int bits_per_shard, int num_hashes, int first_pair) -> (Tensor bits, Tensor offsets)");

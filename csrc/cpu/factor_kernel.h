@@ -12,43 +12,62 @@ namespace {
 
 // Keys that are passed over at once if none has a shard, as in tables that are not tracked.
 constexpr int kKeyRun = 16;
+// Keys that are encoded together.
+constexpr int kLineBlock = 64;
 
-int64_t encode_keys(const LineEncoder& encoder_in, const int64_t* keys, const int32_t* shards,
-                    int64_t from, int64_t size, LineBlock& block) {
-  const LineEncoder encoder = encoder_in;  // in registers
+// The lines of keys that have shards, and their weights as masks. Plain loops without a condition,
+// which become vector instructions.
+template <int kMost>
+inline void encode_lines(const LineEncoder& encoder, const int64_t* __restrict__ keys,
+                         const int32_t* __restrict__ shards, int size, int32_t* __restrict__ lines,
+                         uint32_t* __restrict__ masks) {
+  uint64_t hashes[kMost];
+  for (int i = 0; i < size; ++i) hashes[i] = encoder.hash(keys[i], 0);
+  for (int i = 0; i < size; ++i) {
+    lines[i] = static_cast<int32_t>(encoder.line(hashes[i], shards[i]));
+    masks[i] = 0;
+  }
+  for (int part = 0; part < encoder.num_hashes; ++part) {
+    if (part > 0 && LineEncoder::shift_of_part(part) == 0) {
+      const int next = LineEncoder::hash_of_part(part);
+      for (int i = 0; i < size; ++i) hashes[i] = encoder.hash(keys[i], next);
+    }
+    for (int i = 0; i < size; ++i) masks[i] |= encoder.weight(hashes[i], part);
+  }
+}
+
+// Keys that have weights, encoded.
+struct LineBlock {
+  int64_t at[kLineBlock];  // whose factor it is
+  int32_t lines[kLineBlock];
+  uint32_t masks[kLineBlock];
+  int size;
+};
+
+// Takes the next keys that have a shard, at most kLineBlock, from that at `from` on. Returns where
+// to go on, `end` at last.
+int64_t encode_keys(const LineEncoder& encoder, const int64_t* keys, const int32_t* shards,
+                    int64_t from, int64_t end, LineBlock& block) {
   int64_t found[kLineBlock];
   int32_t shard[kLineBlock];
   int count = 0;
-  while (from < size && count < kLineBlock) {
-    const int run = size - from < kKeyRun ? static_cast<int>(size - from) : kKeyRun;
+  while (from < end && count < kLineBlock) {
+    const int64_t run = end - from < kKeyRun ? end - from : kKeyRun;
     int32_t all = -1;
-    for (int i = 0; i < run; ++i) all &= shards[from + i];
+    for (int64_t i = 0; i < run; ++i) all &= shards[from + i];
     if (all < 0) {
       from += run;
       continue;
     }
     // No condition on the shard: whether a key has one is a coin toss for the branch predictor.
-    for (const int64_t end = from + run; from < end && count < kLineBlock; ++from) {
+    for (const int64_t last = from + run; from < last && count < kLineBlock; ++from) {
       block.at[count] = from;
       found[count] = keys[from];
       shard[count] = shards[from];
       count += shards[from] >= 0;
     }
   }
-  // Plain loops without a condition, which become vector instructions.
-  uint64_t hashes[kLineBlock];
-  for (int i = 0; i < count; ++i) hashes[i] = encoder.hash(found[i], 0);
-  for (int i = 0; i < count; ++i) {
-    block.lines[i] = static_cast<int32_t>(encoder.line(hashes[i], shard[i]));
-    block.masks[i] = 0;
-  }
-  for (int part = 0; part < encoder.num_hashes; ++part) {
-    if (part > 0 && LineEncoder::shift_of_part(part) == 0) {
-      const int next = LineEncoder::hash_of_part(part);
-      for (int i = 0; i < count; ++i) hashes[i] = encoder.hash(found[i], next);
-    }
-    for (int i = 0; i < count; ++i) block.masks[i] |= encoder.weight(hashes[i], part);
-  }
+  encode_lines<kLineBlock>(encoder, found, shard, count, block.lines, block.masks);
   block.size = count;
   return from;
 }
@@ -71,29 +90,9 @@ inline float sum_of(const float* line, uint32_t mask) {
   return add_up(reinterpret_cast<Floats>(weights));
 }
 
-void add_to_lines(const LineBlock& block, const float* gradients, RowPlaces& places_in,
-                  float* sums) {
-  RowPlaces places = places_in;  // in registers
-  for (int i = 0; i < block.size; ++i) {
-    __builtin_prefetch(places.slots + places.first_slot(block.lines[i]), 1);
-  }
-  for (int i = 0; i < block.size; ++i) {
-    bool is_new;
-    float* line = sums + places.find(block.lines[i], is_new) * kLineWeights;
-    LineBits before;
-    std::memcpy(&before, line, sizeof(before));
-    before &= is_new ? 0u : ~0u;
-    const Floats gradient = gradients[block.at[i]] - Floats{};
-    LineBits added = reinterpret_cast<LineBits>(gradient);
-    keep(block.masks[i], added);
-    const Floats after = reinterpret_cast<Floats>(before) + reinterpret_cast<Floats>(added);
-    std::memcpy(line, &after, sizeof(after));
-  }
-  places_in = places;
-}
-
-void key_factors(const LineEncoder& encoder, const int64_t* keys, const int32_t* shards,
+void key_factors(const LineEncoder& encoder_in, const int64_t* keys, const int32_t* shards,
                  int64_t size, const float* weights, float* factors) {
+  const LineEncoder encoder = encoder_in;  // in registers
   for (int64_t i = 0; i < size; ++i) factors[i] = 1.0f;
   // The lines of a block are asked for while those of the one before are added up.
   LineBlock blocks[2];
@@ -111,6 +110,16 @@ void key_factors(const LineEncoder& encoder, const int64_t* keys, const int32_t*
       factors[block.at[i]] = sum_of(line, block.masks[i]);
     }
   }
+}
+
+bool gather(const float* __restrict__ from, int64_t from_size, const int32_t* __restrict__ at,
+            int64_t size, float* __restrict__ to) {
+  int32_t wrong = 0;
+  const auto end = static_cast<int32_t>(from_size);
+  for (int64_t i = 0; i < size; ++i) wrong |= (at[i] < 0) | (at[i] >= end);
+  if (wrong != 0) return false;
+  for (int64_t i = 0; i < size; ++i) to[i] = from[at[i]];
+  return true;
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "cpu/bloom_kernel.h"
 #include "cpu/factor_kernel.h"
 #include "cpu/importance_kernel.h"
+#include "cpu/line_gradients_kernel.h"
 #include "cpu/mix_kernel.h"
 #include "cpu/observe_kernel.h"
 #include "cpu/rebalance_kernel.h"
@@ -14,10 +15,9 @@
 namespace torchrec_cafe {
 
 extern const Kernels CAFE_KERNELS;
-const Kernels CAFE_KERNELS{
-    CAFE_CAPABILITY, mix,           shards_fit,  count_shards, observe,
-    observe_owned,   bag_norms,     weigh,       renormalise,  offsets_ascend,
-    remap,           bloom_encode,  encode_keys, key_factors,  add_to_lines,
-    row_dots,        bloom_factors, bloom_pool,  bloom_dots,   rebalance};
+const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,         shards_fit,  observe,        observe_owned,
+                           bag_norms,       weigh,       renormalise, offsets_ascend, remap,
+                           bloom_encode,    key_factors, gather,      line_gradients, add_to_lines,
+                           bloom_factors,   bloom_pool,  bloom_dots,  rebalance};
 
 }  // namespace torchrec_cafe

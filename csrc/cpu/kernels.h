@@ -65,16 +65,18 @@ struct BloomLookup {
   const float* grad;                // of `pooled`, or null
 };
 
-// Rows of bags, and the gradient of what they add up to.
-struct RowDots {
+// Rows of bags, the gradient of what each bag adds up to, and the ids that the rows are scaled for.
+struct ScaledRows {
   const float* grad;  // [bags, dim]
   const void* table;  // floats, or halves
   bool half;
   int64_t dim;
   const int64_t* rows;
   const int64_t* offsets;
-  const int32_t* source;    // of each row; equal ones lie side by side
-  const int32_t* shards;    // of each id; below 0: nothing is wanted
+  const int32_t* source;    // of each row, whose it is
+  const int64_t* keys;      // of each id
+  const int32_t* shards;    // of each id; below 0: it has no weights
+  const float* given;       // of each id, by what its rows are scaled besides; or null
   const int64_t* features;  // of a sample, those whose bags are wanted
   int64_t num_wanted;
   int64_t num_features;  // bag b * num_features + f is sample b of feature f
@@ -82,15 +84,11 @@ struct RowDots {
   int64_t num_ids;
 };
 
-// Keys that a CPU encodes together.
-inline constexpr int kLineBlock = 64;
-
-// Keys that have weights, encoded.
-struct LineBlock {
-  int64_t at[kLineBlock];  // which of the batch's keys
-  int32_t lines[kLineBlock];
-  uint32_t masks[kLineBlock];  // weights of the line
-  int size;
+// What a row adds to the gradient of some weights of a line.
+struct LineGradient {
+  int32_t line;
+  uint32_t mask;  // weights of the line
+  float gradient;
 };
 
 struct Kernels {
@@ -101,9 +99,6 @@ struct Kernels {
 
   // Whether all shards are in [-1, num_shards).
   bool (*shards_fit)(const int32_t* shards, int64_t size, int64_t num_shards);
-
-  // How many shards are not below 0.
-  int64_t (*count_shards)(const int32_t* shards, int64_t size);
 
   // Inserts all occurrences, in order.
   void (*observe)(const HotSketch& sketch, const Occurrences& seen, Events* events);
@@ -137,24 +132,22 @@ struct Kernels {
   void (*bloom_encode)(const BloomEncoder& encoder, const Table& table, const int64_t* ids,
                        int size, BloomBits& bits);
 
-  // Encodes the next keys that have a shard, at most kLineBlock, from that at `from` on. Returns
-  // where to go on, `size` at last.
-  int64_t (*encode_keys)(const LineEncoder& encoder, const int64_t* keys, const int32_t* shards,
-                         int64_t from, int64_t size, LineBlock& block);
-
   // Adds up the weights of each key; the factor of one whose shard is below 0 is 1.
   void (*key_factors)(const LineEncoder& encoder, const int64_t* keys, const int32_t* shards,
                       int64_t size, const float* weights, float* factors);
 
-  // Adds the gradient of each key of a block to those of its weights in `sums`, where its line has
-  // a place; a new one begins at 0.
-  void (*add_to_lines)(const LineBlock& block, const float* gradients, RowPlaces& places,
-                       float* sums);
+  // Takes some of `from_size` values, fewer than 2**31. Returns whether all of them exist; nothing
+  // is read if not.
+  bool (*gather)(const float* from, int64_t from_size, const int32_t* at, int64_t size, float* to);
 
-  // Multiplies the gradient of each wanted bag of samples [first, last) with the rows of those of
-  // its ids that have a shard; see row_dots. Returns a lookup whose row or id is out of range, and
-  // has been passed over, -1 if there is none.
-  int64_t (*row_dots)(const RowDots& in, int64_t first, int64_t last, float* dots);
+  // Writes what the rows of samples [first, last) add to the gradient of weights, where a bag is
+  // wanted and an id has a shard, in their order. Returns how much it was; `wrong` becomes a lookup
+  // whose row or id is out of range, and has been passed over, if there is one.
+  int64_t (*line_gradients)(const LineEncoder& encoder, const ScaledRows& in, int64_t first,
+                            int64_t last, LineGradient* out, int64_t& wrong);
+
+  // Adds gradients to those in `sums`, where their lines have places; a new one begins at 0.
+  void (*add_to_lines)(const LineGradient* added, int64_t size, RowPlaces& places, float* sums);
 
   // Adds up the weights of each id.
   void (*bloom_factors)(const BloomEncoder& encoder, const Table& table, const int64_t* ids,

@@ -3,12 +3,16 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/blocks.h"
 #include "cpu/kernels.h"
+#include "cpu/line_groups.h"
 #include "cpu/offsets.h"
 #include "cpu/tensors.h"
 #include "cpu/weight_sums.h"
@@ -27,101 +31,113 @@ void check_shards(const int32_t* shards, int64_t size, int64_t shards_held) {
 }
 
 Tensor key_factors_cpu(const Tensor& weights, const Tensor& keys, const Tensor& shards,
-                       int64_t num_hashes) {
-  check_tensor(weights, "weights", ScalarType::Float, 2);
-  check_keys(keys, shards, weights.size(0), weights.size(1), num_hashes);
-  check_device(weights, keys);
+                       int64_t num_hashes, std::optional<Tensor> source) {
+  check_key_factors(weights, keys, shards, num_hashes, source);
+  const int64_t num_keys = keys.numel();
   const int64_t* key = keys.const_data_ptr<int64_t>();
   const int32_t* shard = shards.const_data_ptr<int32_t>();
-  check_shards(shard, shards.numel(), weights.size(0));
+  check_shards(shard, num_keys, weights.size(0));
   const LineEncoder encoder(weights.size(0), weights.size(1), static_cast<int>(num_hashes));
-  Tensor factors = empty_cpu<1>({keys.numel()}, aoti_torch_dtype_float32());
-  float* out = factors.mutable_data_ptr<float>();
-  if (weights.numel() == 0) {  // no shard, so that no key has weights
-    std::fill_n(out, keys.numel(), 1.0f);
-    return factors;
-  }
+  Tensor of_keys = empty_cpu<1>({num_keys}, aoti_torch_dtype_float32());
+  float* all = of_keys.mutable_data_ptr<float>();
   const float* weight = weights.const_data_ptr<float>();
-  torch::stable::parallel_for(0, keys.numel(), kKeysPerThread, [&](int64_t begin, int64_t end) {
-    kernels().key_factors(encoder, key + begin, shard + begin, end - begin, weight, out + begin);
+  torch::stable::parallel_for(0, num_keys, kKeysPerThread, [&](int64_t begin, int64_t end) {
+    kernels().key_factors(encoder, key + begin, shard + begin, end - begin, weight, all + begin);
   });
+  if (!source) return of_keys;
+  Tensor factors = empty_cpu<1>({source->numel()}, aoti_torch_dtype_float32());
+  const int32_t* at = source->const_data_ptr<int32_t>();
+  float* out = factors.mutable_data_ptr<float>();
+  std::atomic<bool> fit{true};
+  torch::stable::parallel_for(0, source->numel(), kKeysPerThread, [&](int64_t begin, int64_t end) {
+    if (!kernels().gather(all, num_keys, at + begin, end - begin, out + begin)) fit = false;
+  });
+  STD_TORCH_CHECK(fit, "`source` must be in [0, ", num_keys, ")");
   return factors;
 }
 
-void refuse(const RowDots& in, int64_t lookup) {
+void refuse(const ScaledRows& in, int64_t lookup) {
   STD_TORCH_CHECK(in.rows[lookup] >= 0 && in.rows[lookup] < in.num_rows, "`rows` must be in [0, ",
                   in.num_rows, "), got ", in.rows[lookup]);
   STD_TORCH_CHECK(false, "`source` must be in [0, ", in.num_ids, "), got ", in.source[lookup]);
 }
 
-Tensor row_dots_cpu(const Tensor& grad, const Tensor& table, const Tensor& rows,
-                    const Tensor& offsets, const Tensor& source, const Tensor& shards,
-                    const Tensor& features) {
-  check_row_dots(grad, table, rows, offsets, source, shards, features);
+// What the rows add to the gradient of lines, a piece for each block of samples.
+class LinePieces {
+ public:
+  LinePieces(const LineEncoder& encoder, const ScaledRows& in, int64_t num_samples)
+      : all_(new LineGradient[in.offsets[num_samples * in.num_features]]) {
+    const int64_t per_block = std::max<int64_t>(1, kBagsPerBlock / (1 + in.num_wanted));
+    pieces_.resize(num_blocks(num_samples, per_block));
+    std::vector<int64_t> wrong(pieces_.size(), -1);
+    each_block(num_samples, per_block, [&](int64_t block, int64_t begin, int64_t end) {
+      LineGradient* out = all_.get() + in.offsets[begin * in.num_features];
+      pieces_[block] = {out, kernels().line_gradients(encoder, in, begin, end, out, wrong[block])};
+    });
+    for (const int64_t lookup : wrong) {
+      if (lookup >= 0) refuse(in, lookup);
+    }
+  }
+
+  const std::vector<LineGroups::Piece>& pieces() const { return pieces_; }
+
+ private:
+  std::unique_ptr<LineGradient[]> all_;
+  std::vector<LineGroups::Piece> pieces_;
+};
+
+// The sums are one thread's: they have the same bits for any number of them.
+std::tuple<Tensor, Tensor> add_up(const LineGroups& groups, int64_t num_lines) {
+  int64_t total = 0;
+  for (const LineGroups::Piece& piece : groups.pieces()) total += piece.size;
+  WeightSums<kLineWeights> sums(num_lines, total, groups.most());
+  for (const LineGroups::Piece& piece : groups.pieces()) {
+    kernels().add_to_lines(piece.begin, piece.size, sums.places(), sums.sums());
+    if (groups.are_apart()) sums.forget_places();
+  }
+  return sums.by_row();
+}
+
+std::tuple<Tensor, Tensor> factor_gradients_cpu(const Tensor& grad, const Tensor& table,
+                                                const Tensor& rows, const Tensor& offsets,
+                                                const Tensor& source, const Tensor& keys,
+                                                const Tensor& shards, std::optional<Tensor> given,
+                                                const Tensor& features, int64_t shards_held,
+                                                int64_t weights_per_shard, int64_t num_hashes) {
+  check_factor_gradients(grad, table, rows, offsets, source, keys, shards, given, features);
+  check_keys(keys, shards, shards_held, weights_per_shard, num_hashes);
   std::vector<int64_t> tracked;
   for (int64_t f = 0; f < features.numel(); ++f) {
     if (features.const_data_ptr<int64_t>()[f] >= 0) tracked.push_back(f);
   }
-  const RowDots in{grad.const_data_ptr<float>(),
-                   table.data_ptr(),
-                   table.scalar_type() == ScalarType::Half,
-                   table.size(1),
-                   rows.const_data_ptr<int64_t>(),
-                   offsets.const_data_ptr<int64_t>(),
-                   source.const_data_ptr<int32_t>(),
-                   shards.const_data_ptr<int32_t>(),
-                   tracked.data(),
-                   static_cast<int64_t>(tracked.size()),
-                   features.numel(),
-                   table.size(0),
-                   shards.numel()};
+  const ScaledRows in{grad.const_data_ptr<float>(),
+                      table.data_ptr(),
+                      table.scalar_type() == ScalarType::Half,
+                      table.size(1),
+                      rows.const_data_ptr<int64_t>(),
+                      offsets.const_data_ptr<int64_t>(),
+                      source.const_data_ptr<int32_t>(),
+                      keys.const_data_ptr<int64_t>(),
+                      shards.const_data_ptr<int32_t>(),
+                      given ? given->const_data_ptr<float>() : nullptr,
+                      tracked.data(),
+                      static_cast<int64_t>(tracked.size()),
+                      features.numel(),
+                      table.size(0),
+                      keys.numel()};
   check_offsets(in.offsets, offsets.numel(), rows.numel());
+  check_shards(in.shards, in.num_ids, shards_held);
   if (in.num_ids == 0 && rows.numel() > 0) refuse(in, 0);
-  Tensor dots = empty_cpu<1>({in.num_ids}, aoti_torch_dtype_float32());
-  float* out = dots.mutable_data_ptr<float>();
-  std::fill_n(out, in.num_ids, 0.0f);
-  const int64_t samples = grad.size(0) / in.num_features;
-  const int64_t per_block = std::max<int64_t>(1, kBagsPerBlock / (1 + in.num_wanted));
-  std::vector<int64_t> wrong(num_blocks(samples, per_block), -1);
-  each_block(samples, per_block, [&](int64_t block, int64_t begin, int64_t end) {
-    wrong[block] = kernels().row_dots(in, begin, end, out);
-  });
-  for (const int64_t lookup : wrong) {
-    if (lookup >= 0) refuse(in, lookup);
-  }
-  return dots;
-}
-
-// The sums are one thread's: they have the same bits for any number of them.
-std::tuple<Tensor, Tensor> key_factors_backward_cpu(const Tensor& grad, const Tensor& keys,
-                                                    const Tensor& shards, int64_t shards_held,
-                                                    int64_t weights_per_shard, int64_t num_hashes) {
-  check_tensor(grad, "grad", ScalarType::Float, 1);
-  check_keys(keys, shards, shards_held, weights_per_shard, num_hashes);
-  check_device(grad, keys);
-  STD_TORCH_CHECK(grad.numel() == keys.numel(), "`grad` must have as many elements as `keys`, ",
-                  keys.numel(), ", got ", grad.numel());
-  const int64_t* key = keys.const_data_ptr<int64_t>();
-  const int32_t* shard = shards.const_data_ptr<int32_t>();
-  const float* of_key = grad.const_data_ptr<float>();
-  check_shards(shard, shards.numel(), shards_held);
   const LineEncoder encoder(shards_held, weights_per_shard, static_cast<int>(num_hashes));
-  const int64_t size = shards_held == 0 ? 0 : keys.numel();
-  WeightSums<kLineWeights> sums(encoder.num_lines(), kernels().count_shards(shard, size));
-  LineBlock block;
-  for (int64_t next = 0; next < size;) {
-    next = kernels().encode_keys(encoder, key, shard, next, size, block);
-    kernels().add_to_lines(block, of_key, sums.places(), sums.sums());
-  }
-  return sums.by_row();
+  const LinePieces found(encoder, in, grad.size(0) / in.num_features);
+  return add_up(LineGroups(found.pieces(), encoder.num_lines()), encoder.num_lines());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(torchrec_cafe, CPU, m) {
+  m.impl("factor_gradients", TORCH_BOX(&factor_gradients_cpu));
   m.impl("key_factors", TORCH_BOX(&key_factors_cpu));
-  m.impl("key_factors_backward", TORCH_BOX(&key_factors_backward_cpu));
-  m.impl("row_dots", TORCH_BOX(&row_dots_cpu));
 }
 
 }  // namespace torchrec_cafe

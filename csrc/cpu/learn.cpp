@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "checks.h"
@@ -66,7 +67,7 @@ void check_features(const Tensor& features, int64_t num_tables) {
 }
 
 void learn_cpu(const Tensor& grad, const Tensor& offsets, const Tensor& keys, const Tensor& shards,
-               const Tensor& weights, const Tensor& features, const Tensor& norms,
+               std::optional<Tensor> weights, const Tensor& features, const Tensor& norms,
                const Tensor& buckets, const Tensor& inflation, const Tensor& counters, double decay,
                double growth) {
   check_learn(grad, offsets, keys, shards, weights, features, norms, buckets, inflation, counters);
@@ -104,7 +105,7 @@ void learn_cpu(const Tensor& grad, const Tensor& offsets, const Tensor& keys, co
       update_means(sums, table, tracked, static_cast<NormSum*>(norms.data_ptr()), num_shards,
                    norms.size(1), decay);
   const std::unique_ptr<float[]> importance(new float[keys.numel()]);
-  const float* weight = weights.numel() > 0 ? weights.const_data_ptr<float>() : nullptr;
+  const float* weight = weights ? weights->const_data_ptr<float>() : nullptr;
   const int64_t per_feature = keys.numel() / num_features;
   torch::stable::parallel_for(
       0, num_tracked, per_thread(per_feature), [&](int64_t begin, int64_t end) {

@@ -119,12 +119,6 @@ bool shards_fit(const int32_t* shards, int64_t size, int64_t num_shards) {
   return wrong == 0;
 }
 
-int64_t count_shards(const int32_t* shards, int64_t size) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < size; ++i) found += shards[i] >= 0;
-  return found;
-}
-
 void observe(const HotSketch& sketch, const Occurrences& seen, Events* events) {
   Gathered gathered[2];  // as many as there are blocks
   int32_t positions[kBlock];

@@ -1,6 +1,7 @@
 // Learned factors of ids that a pool tracks: weights by key and shard, and what they learn from.
 #include <cuda_fp16.h>
 
+#include <optional>
 #include <tuple>
 
 #include "checks.h"
@@ -24,142 +25,146 @@ struct Keys {
         size(keys_in.numel()),
         shards_held(held) {}
 
-  __device__ bool has_weights(int64_t i) const { return shards[i] >= 0 && shards[i] < shards_held; }
+  __device__ bool has_weights(int64_t i) const {
+    return i >= 0 && i < size && shards[i] >= 0 && shards[i] < shards_held;
+  }
 };
 
-__global__ void factors_kernel(Keys keys, LineEncoder encoder, const float* __restrict__ weights,
+__global__ void factors_kernel(Keys keys, LineEncoder encoder, const int32_t* __restrict__ source,
+                               int64_t size, const float* __restrict__ weights,
                                float* __restrict__ factors) {
-  for (int64_t i = first_index(); i < keys.size; i += index_stride()) {
+  for (int64_t i = first_index(); i < size; i += index_stride()) {
+    const int64_t id = source == nullptr ? i : source[i];
     float sum = 1.0f;
-    if (keys.has_weights(i)) {
-      const uint64_t hash = encoder.hash(keys.keys[i], 0);
-      const float* line = weights + encoder.line(hash, keys.shards[i]) * kLineWeights;
-      sum = sum_of_line(line, encoder.weights(keys.keys[i], hash));
+    if (keys.has_weights(id)) {
+      const uint64_t hash = encoder.hash(keys.keys[id], 0);
+      const float* line = weights + encoder.line(hash, keys.shards[id]) * kLineWeights;
+      sum = sum_of_line(line, encoder.weights(keys.keys[id], hash));
     }
     factors[i] = sum;
   }
 }
 
 Tensor key_factors_cuda(const Tensor& weights, const Tensor& keys, const Tensor& shards,
-                        int64_t num_hashes) {
-  check_tensor(weights, "weights", ScalarType::Float, 2);
-  check_keys(keys, shards, weights.size(0), weights.size(1), num_hashes);
-  check_device(weights, keys);
+                        int64_t num_hashes, std::optional<Tensor> source) {
+  check_key_factors(weights, keys, shards, num_hashes, source);
   const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
-  Tensor factors = torch::stable::new_empty(weights, {keys.numel()});
-  if (keys.numel() == 0) return factors;
-  launch(current_stream(keys), keys.numel(), factors_kernel, Keys(keys, shards, weights.size(0)),
+  const int64_t size = source ? source->numel() : keys.numel();
+  Tensor factors = torch::stable::new_empty(weights, {size});
+  if (size == 0) return factors;
+  launch(current_stream(keys), size, factors_kernel, Keys(keys, shards, weights.size(0)),
          LineEncoder(weights.size(0), weights.size(1), static_cast<int>(num_hashes)),
+         source ? source->const_data_ptr<int32_t>() : nullptr, size,
          weights.const_data_ptr<float>(), factors.mutable_data_ptr<float>());
   return factors;
 }
 
-// A warp a bag. Equal sources lie side by side; rows and sources out of range are passed over, and
-// ids without a shard, whose rows are not read.
+// Rows of bags, and what they add up to and are scaled by; as ScaledRows on a CPU.
 template <typename T>
-__global__ void dots_kernel(const float* __restrict__ grad, const T* __restrict__ table,
-                            int64_t num_rows, int64_t dim, const int64_t* __restrict__ rows,
-                            const int64_t* __restrict__ offsets, const int32_t* __restrict__ source,
-                            const int32_t* __restrict__ shards,
-                            const int64_t* __restrict__ features, int64_t num_features,
-                            int64_t size, int64_t num_bags, int64_t num_ids,
-                            float* __restrict__ dots) {
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t bag = first_index() / kWarp; bag < num_bags; bag += index_stride() / kWarp) {
-    if (features[bag % num_features] < 0) continue;
-    const int64_t begin = max(offsets[bag], int64_t{0});
-    const int64_t end = min(offsets[bag + 1], size);
-    float total = 0.0f;
-    for (int64_t m = begin; m < end; ++m) {
-      const int32_t id = source[m];
-      if (id < 0 || id >= num_ids || shards[id] < 0) continue;
-      const int64_t row = rows[m];
-      float sum = 0.0f;
-      if (row >= 0 && row < num_rows) {
-        for (int64_t d = lane; d < dim; d += kWarp) {
-          sum += grad[bag * dim + d] * to_float(table[row * dim + d]);
-        }
-      }
-      for (int other = kWarp / 2; other > 0; other /= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, other);
-      }
-      total = m > begin && id == source[m - 1] ? total + sum : sum;
-      if (lane == 0) dots[id] = total;
+struct ScaledRows {
+  const float* grad;
+  const T* table;
+  int64_t num_rows;
+  int64_t dim;
+  const int64_t* rows;
+  const int64_t* offsets;
+  const int32_t* source;
+  const float* given;  // or null
+  const int64_t* features;
+  int64_t num_features;
+  int64_t num_bags;
+  int64_t size;
+
+  // The bag of a row: any, where the offsets do not ascend.
+  __device__ int64_t bag_of(int64_t m) const {
+    int64_t begin = 0, end = num_bags;
+    while (end - begin > 1) {
+      const int64_t middle = (begin + end) / 2;
+      (offsets[middle] <= m ? begin : end) = middle;
     }
+    return begin;
   }
-}
+};
 
-Tensor row_dots_cuda(const Tensor& grad, const Tensor& table, const Tensor& rows,
-                     const Tensor& offsets, const Tensor& source, const Tensor& shards,
-                     const Tensor& features) {
-  check_row_dots(grad, table, rows, offsets, source, shards, features);
-  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  const int64_t num_bags = offsets.numel() - 1;
-  const int64_t num_ids = shards.numel();
-  Tensor dots = torch::stable::new_zeros(grad, {num_ids});
-  if (num_bags == 0) return dots;
-  const auto launch_on = [&]<typename T>(const T* values) {
-    launch(current_stream(grad), num_bags * kWarp, dots_kernel<T>, grad.const_data_ptr<float>(),
-           values, table.size(0), table.size(1), rows.const_data_ptr<int64_t>(),
-           offsets.const_data_ptr<int64_t>(), source.const_data_ptr<int32_t>(),
-           shards.const_data_ptr<int32_t>(), features.const_data_ptr<int64_t>(), features.numel(),
-           rows.numel(), num_bags, num_ids, dots.mutable_data_ptr<float>());
-  };
-  if (table.scalar_type() == ScalarType::Half) {
-    launch_on(static_cast<const __half*>(table.data_ptr()));
-  } else {
-    launch_on(static_cast<const float*>(table.data_ptr()));
-  }
-  return dots;
-}
-
-// A key without weights has the line after the last, and gradient 0.
-__global__ void factors_backward_kernel(Keys keys, LineEncoder encoder,
-                                        const float* __restrict__ grad, int64_t* __restrict__ lines,
-                                        float* __restrict__ grads) {
-  for (int64_t i = first_index(); i < keys.size; i += index_stride()) {
+// A warp a row. What teaches nothing has the line after the last, and gradient 0.
+template <typename T>
+__global__ void gradients_kernel(ScaledRows<T> in, Keys keys, LineEncoder encoder,
+                                 int64_t* __restrict__ lines, float* __restrict__ grads) {
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t m = first_index() / kWarp; m < in.size; m += index_stride() / kWarp) {
+    const int64_t bag = in.bag_of(m);
+    const int64_t id = in.source[m], row = in.rows[m];
+    const bool learns = in.features[bag % in.num_features] >= 0 && keys.has_weights(id) &&
+                        row >= 0 && row < in.num_rows;
     int64_t line = encoder.num_lines();
     uint32_t mask = 0;
-    if (keys.has_weights(i)) {
-      const uint64_t hash = encoder.hash(keys.keys[i], 0);
-      line = encoder.line(hash, keys.shards[i]);
-      mask = encoder.weights(keys.keys[i], hash);
+    float sum = 0.0f;
+    if (learns) {
+      const uint64_t hash = encoder.hash(keys.keys[id], 0);
+      line = encoder.line(hash, keys.shards[id]);
+      mask = encoder.weights(keys.keys[id], hash);
+      for (int64_t d = lane; d < in.dim; d += kWarp) {
+        sum += in.grad[bag * in.dim + d] * to_float(in.table[row * in.dim + d]);
+      }
     }
-    lines[i] = line;
-    for (int j = 0; j < kLineWeights; ++j) {
-      grads[i * kLineWeights + j] = (mask >> j & 1u) != 0 ? grad[i] : 0.0f;
+    for (int other = kWarp / 2; other > 0; other /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, other);
+    }
+    if (learns && in.given != nullptr) sum *= in.given[id];
+    if (lane == 0) lines[m] = line;
+    if (lane < kLineWeights) {
+      grads[m * kLineWeights + lane] = (mask >> lane & 1u) != 0 ? sum : 0.0f;
     }
   }
 }
 
 // Lines come as often as they are hit: FBGEMM's own backward sorts and adds them up, in an order
 // that is always the same.
-std::tuple<Tensor, Tensor> key_factors_backward_cuda(const Tensor& grad, const Tensor& keys,
-                                                     const Tensor& shards, int64_t shards_held,
-                                                     int64_t weights_per_shard,
-                                                     int64_t num_hashes) {
-  check_tensor(grad, "grad", ScalarType::Float, 1);
+std::tuple<Tensor, Tensor> factor_gradients_cuda(const Tensor& grad, const Tensor& table,
+                                                 const Tensor& rows, const Tensor& offsets,
+                                                 const Tensor& source, const Tensor& keys,
+                                                 const Tensor& shards, std::optional<Tensor> given,
+                                                 const Tensor& features, int64_t shards_held,
+                                                 int64_t weights_per_shard, int64_t num_hashes) {
+  check_factor_gradients(grad, table, rows, offsets, source, keys, shards, given, features);
   check_keys(keys, shards, shards_held, weights_per_shard, num_hashes);
-  check_device(grad, keys);
-  STD_TORCH_CHECK(grad.numel() == keys.numel(), "`grad` must have as many elements as `keys`");
   const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());
-  const int64_t size = keys.numel();
-  Tensor lines = torch::stable::new_empty(keys, {size});
+  const int64_t size = rows.numel(), num_bags = offsets.numel() - 1;
+  Tensor lines = torch::stable::new_empty(rows, {size});
   Tensor grads = torch::stable::new_empty(grad, {size, kLineWeights});
   if (size == 0) return {lines, grads};
-  launch(current_stream(keys), size, factors_backward_kernel, Keys(keys, shards, shards_held),
-         LineEncoder(shards_held, weights_per_shard, static_cast<int>(num_hashes)),
-         grad.const_data_ptr<float>(), lines.mutable_data_ptr<int64_t>(),
-         grads.mutable_data_ptr<float>());
+  STD_TORCH_CHECK(num_bags > 0, "`rows` must be empty without a bag");
+  const auto launch_on = [&]<typename T>(const T* values) {
+    const ScaledRows<T> in{grad.const_data_ptr<float>(),
+                           values,
+                           table.size(0),
+                           table.size(1),
+                           rows.const_data_ptr<int64_t>(),
+                           offsets.const_data_ptr<int64_t>(),
+                           source.const_data_ptr<int32_t>(),
+                           given ? given->const_data_ptr<float>() : nullptr,
+                           features.const_data_ptr<int64_t>(),
+                           features.numel(),
+                           num_bags,
+                           size};
+    launch(current_stream(grad), size * kWarp, gradients_kernel<T>, in,
+           Keys(keys, shards, shards_held),
+           LineEncoder(shards_held, weights_per_shard, static_cast<int>(num_hashes)),
+           lines.mutable_data_ptr<int64_t>(), grads.mutable_data_ptr<float>());
+  };
+  if (table.scalar_type() == ScalarType::Half) {
+    launch_on(static_cast<const __half*>(table.data_ptr()));
+  } else {
+    launch_on(static_cast<const float*>(table.data_ptr()));
+  }
   return {lines, grads};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
+  m.impl("factor_gradients", TORCH_BOX(&factor_gradients_cuda));
   m.impl("key_factors", TORCH_BOX(&key_factors_cuda));
-  m.impl("key_factors_backward", TORCH_BOX(&key_factors_backward_cuda));
-  m.impl("row_dots", TORCH_BOX(&row_dots_cuda));
 }
 
 }  // namespace torchrec_cafe

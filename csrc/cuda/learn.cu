@@ -88,7 +88,7 @@ __global__ void weigh_kernel(const float* __restrict__ norms, const float* __res
 }
 
 void learn_cuda(const Tensor& grad, const Tensor& offsets, const Tensor& keys, const Tensor& shards,
-                const Tensor& weights, const Tensor& features, const Tensor& norms,
+                std::optional<Tensor> weights, const Tensor& features, const Tensor& norms,
                 const Tensor& buckets, const Tensor& inflation, const Tensor& counters,
                 double decay, double growth) {
   check_learn(grad, offsets, keys, shards, weights, features, norms, buckets, inflation, counters);
@@ -121,9 +121,9 @@ void learn_cuda(const Tensor& grad, const Tensor& offsets, const Tensor& keys, c
   if (keys.numel() > 0 && num_bags > 0) {
     launch(stream, num_bags, weigh_kernel, norm_out, scale_out, features.const_data_ptr<int64_t>(),
            num_features, norms.size(1), offsets.const_data_ptr<int64_t>(), num_samples,
-           shards.const_data_ptr<int32_t>(),
-           weights.numel() > 0 ? weights.const_data_ptr<float>() : nullptr, keys.numel(),
-           static_cast<float*>(importance.data_ptr()), static_cast<int32_t*>(tracked.data_ptr()));
+           shards.const_data_ptr<int32_t>(), weights ? weights->const_data_ptr<float>() : nullptr,
+           keys.numel(), static_cast<float*>(importance.data_ptr()),
+           static_cast<int32_t*>(tracked.data_ptr()));
   }
   observe_checked_cuda(keys, tracked, importance, buckets, inflation, counters, growth);
 }

@@ -78,7 +78,7 @@ _PURPOSE |= {
     OPERATOR + name: purpose
     for purpose, names in {
         _SKETCH: ("observe", "rebalance", "learn", "move_rows"),
-        _UPDATE: ("key_factors_backward", "bloom_weigh_backward", "row_dots"),
+        _UPDATE: ("factor_gradients", "bloom_weigh_backward"),
         "embedding forward": ("key_factors", "bloom_weigh", "bloom_pool"),
     }.items()
     for name in names

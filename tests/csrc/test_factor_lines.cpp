@@ -1,9 +1,11 @@
-// The vectorised factors of the CPU against the definitions in factor_lines.h, which CUDA runs.
+// The vectorised factors of the CPU, and their gradients, against the definitions in
+// factor_lines.h, which CUDA runs.
 #include <algorithm>
 #include <bit>
 #include <random>
 #include <vector>
 
+#include "cpu/line_groups.h"
 #include "factor_lines.h"
 #include "sketch.h"
 
@@ -45,6 +47,28 @@ void test_keys_have_a_weight_in_each_part(std::mt19937_64& random) {
   }
 }
 
+// Weights that a batch has hit, in the order of their lines' first hits.
+void check_sums(const RowPlaces& places, const std::vector<float>& sums,
+                const std::vector<LineGradient>& added) {
+  std::vector<int64_t> first_hits;
+  for (const LineGradient& one : added) {
+    if (std::find(first_hits.begin(), first_hits.end(), one.line) == first_hits.end()) {
+      first_hits.push_back(one.line);
+    }
+  }
+  CHECK(places.size == static_cast<int64_t>(first_hits.size()));
+  for (int64_t place = 0; place < places.size; ++place) {
+    CHECK(places.rows[place] == first_hits[place]);
+    for (int j = 0; j < kLineWeights; ++j) {
+      float sum = 0;
+      for (const LineGradient& one : added) {
+        if (one.line == first_hits[place] && (one.mask >> j & 1u)) sum += one.gradient;
+      }
+      CHECK(sums[place * kLineWeights + j] == sum);
+    }
+  }
+}
+
 void test_kernels_match(const Kernels& kernels, std::mt19937_64& random) {
   for (int step = 0; step < 300; ++step) {
     const int64_t held = 1 + random() % 5, lines = 1 + random() % (step % 2 == 0 ? 3 : 200);
@@ -55,16 +79,7 @@ void test_kernels_match(const Kernels& kernels, std::mt19937_64& random) {
     for (float& weight : weights) weight = static_cast<float>(random() % 4096) / 1024;
     kernels.key_factors(encoder, in.keys.data(), in.shards.data(), size, weights.data(),
                         factors.data());
-    std::vector<float> sums(500 * kLineWeights, -7), expected(weights.size());
-    std::vector<RowPlaces::Slot> slots(1024, RowPlaces::kFree);
-    std::vector<int64_t> rows(500);
-    RowPlaces places{slots.data(), slots.size() - 1, rows.data(), 0};
-    LineBlock block;
-    for (int64_t next = 0; next < size;) {
-      next = kernels.encode_keys(encoder, in.keys.data(), in.shards.data(), next, size, block);
-      kernels.add_to_lines(block, in.gradients.data(), places, sums.data());
-    }
-    std::vector<int64_t> first_hits;
+    std::vector<LineGradient> added;
     for (int64_t i = 0; i < size; ++i) {
       if (in.shards[i] < 0) {
         CHECK(factors[i] == 1);
@@ -74,20 +89,99 @@ void test_kernels_match(const Kernels& kernels, std::mt19937_64& random) {
       const int64_t line = encoder.line(hash, in.shards[i]);
       const uint32_t mask = encoder.weights(in.keys[i], hash);
       CHECK(factors[i] == sum_of_line(weights.data() + line * kLineWeights, mask));
-      if (std::find(first_hits.begin(), first_hits.end(), line) == first_hits.end()) {
-        first_hits.push_back(line);
+      added.push_back({static_cast<int32_t>(line), mask, in.gradients[i]});
+    }
+    std::vector<float> sums(500 * kLineWeights, -7);
+    std::vector<RowPlaces::Slot> slots(1024, RowPlaces::kFree);
+    std::vector<int64_t> rows(500);
+    RowPlaces places{slots.data(), slots.size() - 1, rows.data(), 0};
+    kernels.add_to_lines(added.data(), static_cast<int64_t>(added.size()), places, sums.data());
+    check_sums(places, sums, added);
+  }
+}
+
+// Samples of four features, of which the first and the last are wanted; bags of up to three rows.
+void test_gradients_are_of_wanted_rows(const Kernels& kernels, std::mt19937_64& random) {
+  for (int step = 0; step < 100; ++step) {
+    const int64_t dim = 4 * (1 + random() % 9), samples = random() % 60;
+    const Keys ids(random, 90, 3);
+    const LineEncoder encoder(3, kLineWeights * 7, 1 + random() % kMaxLineHashes);
+    std::vector<int64_t> rows, offsets{0};
+    std::vector<int32_t> source;
+    for (int64_t bag = 0; bag < 4 * samples; ++bag) {
+      for (int64_t i = random() % 4; i > 0; --i) {
+        rows.push_back(random() % 20);
+        source.push_back(static_cast<int32_t>(random() % 90));
       }
-      for (int j = 0; j < kLineWeights; ++j) {
-        if (mask >> j & 1u) expected[line * kLineWeights + j] += in.gradients[i];
+      offsets.push_back(static_cast<int64_t>(rows.size()));
+    }
+    std::vector<float> table(20 * dim), grad(4 * samples * dim);
+    for (float& value : table) value = static_cast<float>(random() % 9) - 4;
+    for (float& value : grad) value = static_cast<float>(random() % 9) - 4;
+    const int64_t features[] = {0, 3};
+    const ScaledRows in{grad.data(),
+                        table.data(),
+                        false,
+                        dim,
+                        rows.data(),
+                        offsets.data(),
+                        source.data(),
+                        ids.keys.data(),
+                        ids.shards.data(),
+                        step % 2 == 0 ? nullptr : ids.gradients.data(),
+                        features,
+                        2,
+                        4,
+                        20,
+                        90};
+    std::vector<LineGradient> out(rows.size() + 1);
+    int64_t wrong = -1;
+    const int64_t size = kernels.line_gradients(encoder, in, 0, samples, out.data(), wrong);
+    CHECK(wrong == -1);
+    int64_t next = 0;
+    for (int64_t bag = 0; bag < 4 * samples; ++bag) {
+      for (int64_t m = offsets[bag]; m < offsets[bag + 1]; ++m) {
+        const int32_t id = source[m];
+        if ((bag % 4 != 0 && bag % 4 != 3) || ids.shards[id] < 0) continue;
+        float dot = 0;  // of small whole numbers: in any order
+        for (int64_t d = 0; d < dim; ++d) dot += grad[bag * dim + d] * table[rows[m] * dim + d];
+        const uint64_t hash = encoder.hash(ids.keys[id], 0);
+        CHECK(out[next].line == encoder.line(hash, ids.shards[id]));
+        CHECK(out[next].mask == encoder.weights(ids.keys[id], hash));
+        CHECK(out[next].gradient == (step % 2 == 0 ? dot : dot * ids.gradients[id]));
+        ++next;
       }
     }
-    CHECK(places.size == static_cast<int64_t>(first_hits.size()));
-    for (int64_t place = 0; place < places.size; ++place) {
-      CHECK(rows[place] == first_hits[place]);
-      for (int j = 0; j < kLineWeights; ++j) {
-        CHECK(sums[place * kLineWeights + j] == expected[rows[place] * kLineWeights + j]);
-      }
+    CHECK(next == size);
+  }
+}
+
+void test_groups_are_of_neighbours(std::mt19937_64& random) {
+  for (const int64_t size : {0, 5, 20'000, 300'000}) {
+    const int64_t num_lines = 1 + random() % 100'000;
+    std::vector<LineGradient> added(size);
+    for (int64_t i = 0; i < size; ++i) {
+      added[i] = {static_cast<int32_t>(random() % num_lines), 1, static_cast<float>(i)};
     }
+    const int64_t half = size / 2;
+    const LineGroups groups({{added.data(), half}, {added.data() + half, size - half}}, num_lines);
+    int64_t found = 0, most = 0;
+    int32_t last_line = -1;
+    for (const LineGroups::Piece& piece : groups.pieces()) {
+      int32_t first = last_line, largest = last_line;
+      float before = -1;
+      for (int64_t i = 0; i < piece.size; ++i, ++found) {
+        CHECK(!groups.are_apart() || piece.begin[i].line > first);
+        CHECK(piece.begin[i].gradient > before || !groups.are_apart());
+        before = piece.begin[i].gradient;
+        largest = std::max(largest, piece.begin[i].line);
+      }
+      most = std::max(most, piece.size);
+      last_line = largest;
+    }
+    CHECK(found == size);
+    CHECK(groups.most() == (groups.are_apart() ? most : size));
+    CHECK(size < 20'000 || num_lines < 100 || groups.are_apart());
   }
 }
 
@@ -96,7 +190,11 @@ void test_kernels_match(const Kernels& kernels, std::mt19937_64& random) {
 int main() {
   std::mt19937_64 random(3);
   test_keys_have_a_weight_in_each_part(random);
-  for (const Kernels* kernels : all_kernels()) test_kernels_match(*kernels, random);
+  test_groups_are_of_neighbours(random);
+  for (const Kernels* kernels : all_kernels()) {
+    test_kernels_match(*kernels, random);
+    test_gradients_are_of_wanted_rows(*kernels, random);
+  }
   std::puts("ok");
   return 0;
 }

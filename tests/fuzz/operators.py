@@ -157,9 +157,16 @@ def of_weights(generator: torch.Generator) -> dict[str, Call]:
         return {"row_bits": one, "weight_bits": one}
 
     found = ops.bloom_rows(**batch, bits=BITS)._asdict()
-    shards = (torch.arange(len(batch["ids"])) % 2 - 1).int()
-    features = torch.zeros(1, dtype=torch.int64)
-    dots = {"grad": torch.rand(4, DIM), "table": rows, "shards": shards, "features": features}
+    numbers = torch.arange(len(batch["ids"]))
+    gradients = {
+        "grad": torch.rand(4, DIM),
+        "table": rows,
+        "keys": numbers * 7,
+        "shards": (numbers % 2 - 1).int(),
+        "features": torch.zeros(1, dtype=torch.int64),
+        "given": torch.rand(len(numbers)),
+        "num_hashes": 2,
+    }
     grad = {"grad": torch.rand(4, DIM, generator=generator), "rows": rows}
     return {
         "bloom_rows": (lambda **a: ops.bloom_rows(bits=bits_of(a), **a), {**batch, **bits}),
@@ -179,18 +186,15 @@ def of_weights(generator: torch.Generator) -> dict[str, Call]:
             lambda **a: ops.bloom_weigh_backward(**both(a), **a),
             {**grad, **batch, **bits, **given},
         ),
-        "key_factors": (ops.key_factors, {"weights": lines, **of_keys}),
-        "key_factors_backward": (
-            lambda shards_held, per_shard, **a: ops.key_factors_backward(
-                shape=(shards_held, per_shard), **a
-            ),
-            {"grad": torch.rand(7), **of_keys, "shards_held": SHARDS, "per_shard": 32},
+        "key_factors": (
+            ops.key_factors,
+            {"weights": lines, **of_keys, "source": torch.tensor([6, 0, 3], dtype=torch.int32)},
         ),
-        "row_dots": (
-            lambda rows, offsets, source, **a: ops.row_dots(
-                found=ops.Lookups(rows, offsets, source), **a
+        "factor_gradients": (
+            lambda rows, offsets, source, shards_held, per_shard, **a: ops.factor_gradients(
+                found=ops.Lookups(rows, offsets, source), shape=(shards_held, per_shard), **a
             ),
-            {**found, **dots},
+            {**found, **gradients, "shards_held": SHARDS, "per_shard": 32},
         ),
     }
 

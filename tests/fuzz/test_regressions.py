@@ -34,8 +34,11 @@ def test_a_row_that_is_named_twice_is_refused():
 
 def test_sizes_whose_product_overflows_are_refused():
     keys, shards = torch.tensor([1]), torch.tensor([0], dtype=torch.int32)
+    found = ops.Lookups(torch.tensor([0]), torch.tensor([0, 1]), torch.tensor([0]).int())
+    ones, features = torch.ones(1, 4), torch.tensor([0])
+    options = {"features": features, "shape": (2**32, 2**32), "num_hashes": 1}
     with pytest.raises(ValueError, match="weights of a rank.* fewer than 2"):
-        ops.key_factors_backward(torch.ones(1), keys, shards, shape=(2**32, 2**32), num_hashes=1)
+        ops.factor_gradients(ones, ones, found, keys, shards, **options)
 
 
 def test_what_is_written_shares_no_memory_with_what_is_read():

@@ -253,42 +253,42 @@ def test_factors_of_keys_are_the_same_on_both(device: Device):
     keys = torch.randint(0, 500, (device.size,), generator=generator)
     shards = (keys % 17).int() - 1
     weights = torch.randn((16, 32), generator=generator)
-    given = device.put(weights), device.put(keys), device.put(shards)
-    factors = ops.key_factors(weights, keys, shards, num_hashes=3)
-    assert torch.equal(factors, device.run(ops.key_factors, *given, num_hashes=3).cpu())
-    grad = torch.randn(device.size, generator=generator)
-    options = {"shape": (16, 32), "num_hashes": 3}
-    rows, grads = ops.key_factors_backward(grad, keys, shards, **options)
-    given = device.put(grad), *given[1:]
-    got = device.run(ops.key_factors_backward, *given, **options)
-    summed = torch.zeros((33, 16)).index_add_(0, got[0].cpu(), got[1].cpu())
-    torch.testing.assert_close(summed, torch.zeros((33, 16)).index_add_(0, rows, grads))
+    source = torch.randint(0, len(keys), (device.size + 7,), generator=generator).int()
+    for of in (None, source):
+        factors = ops.key_factors(weights, keys, shards, of, num_hashes=3)
+        given = [device.put(t) for t in (weights, keys, shards)]
+        moved = None if of is None else device.put(of)
+        got = device.run(ops.key_factors, *given, moved, num_hashes=3)
+        assert torch.equal(factors, got.cpu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_dots_of_rows_are_the_same_on_both(device: Device, dtype):
+def test_gradients_of_factors_are_the_same_on_both(device: Device, dtype):
     generator = torch.Generator().manual_seed(0)
     offsets = bags(device.size // 20, 4, generator)
+    offsets = offsets[: len(offsets) // 4 * 4 + 1]
     count = int(offsets[-1])
-    found = ops.Lookups(
-        torch.randint(0, 50, (count,), generator=generator),
-        offsets,
-        torch.arange(count, dtype=torch.int32) // 2,
-    )
-    # Two rows of an id are in one bag.
-    found.source[offsets[1:-1].clamp(max=count - 1)] = torch.arange(len(offsets) - 2).int() + count
+    source = torch.randint(0, 900, (count,), generator=generator).int()
+    found = ops.Lookups(torch.randint(0, 50, (count,), generator=generator), offsets, source)
+    keys = torch.randint(0, 500, (900,), generator=generator)
+    shards = (keys % 17).int() - 1
     table = torch.randn((50, 44), generator=generator).to(dtype)
     grad = torch.randn((len(offsets) - 1, 44), generator=generator)
-    shards = torch.randint(-1, 2, (3 * count,), generator=generator, dtype=torch.int32)
+    options = {"shape": (16, 32), "num_hashes": 3}
+    arguments = grad, table, found, keys, shards
+    moved = [
+        device.put(t) if isinstance(t, Tensor) else ops.Lookups(*map(device.put, t))
+        for t in arguments
+    ]
     for features in (torch.zeros(1, dtype=torch.int64), torch.tensor([0, -1, -1, 1])):
-        whole = len(grad) // len(features) * len(features)
-        rows, source = (t[: int(found.offsets[whole])] for t in (found.rows, found.source))
-        bags_of = ops.Lookups(rows, found.offsets[: whole + 1], source)
-        dots = ops.row_dots(grad[:whole], table, bags_of, shards=shards, features=features)
-        given = device.put(grad[:whole]), device.put(table), ops.Lookups(*map(device.put, bags_of))
-        options = {"shards": device.put(shards), "features": device.put(features)}
-        got = device.run(ops.row_dots, *given, **options)
-        torch.testing.assert_close(got.cpu(), dots, rtol=1e-4, atol=1e-4)
+        for besides in (None, torch.rand(900, generator=generator)):
+            of_both = {"features": features, "given": besides}
+            rows, grads = ops.factor_gradients(*arguments, **of_both, **options)
+            put = {k: None if t is None else device.put(t) for k, t in of_both.items()}
+            got = device.run(ops.factor_gradients, *moved, **put, **options)
+            summed = torch.zeros((33, 16)).index_add_(0, got[0].cpu(), got[1].cpu())
+            expected = torch.zeros((33, 16)).index_add_(0, rows, grads)
+            torch.testing.assert_close(summed, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_nothing_comes_of_nothing(device: Device):

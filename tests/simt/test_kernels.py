@@ -64,12 +64,17 @@ def move_rows() -> None:
     ops.move_rows(torch.zeros(57 + 16 * 6, 8), moves, TABLES, POOL, second_factor=0.5)
 
 
-def row_dots(offsets: torch.Tensor = OFFSETS) -> None:
+def factor_gradients(offsets: torch.Tensor = OFFSETS) -> None:
     found = ops.Lookups(IDS % 50, offsets, torch.arange(len(IDS)).int())
     grad = torch.ones((len(offsets) - 1, 8))
-    features = torch.zeros(1, dtype=torch.int64)
-    shards = (IDS % 17 - 1).int()
-    ops.row_dots(grad, torch.ones((50, 8)), found, shards=shards, features=features)
+    features = torch.tensor([0, -1])
+    ops.factor_gradients(
+        *(grad, torch.ones((50, 8)), found, IDS, (IDS % 17 - 1).int()),
+        features=features,
+        given=torch.ones(len(IDS)),
+        shape=(16, 32),
+        num_hashes=3,
+    )
 
 
 def bloom(name: str, offsets: torch.Tensor = OFFSETS) -> None:
@@ -89,11 +94,6 @@ def mix_ids() -> None:
     ops.mix_ids(IDS, torch.tensor([0, len(IDS)]), sizes, torch.zeros(1, dtype=torch.int64))
 
 
-def key_factors_backward() -> None:
-    shards = (IDS % 17 - 1).int()
-    ops.key_factors_backward(torch.ones(len(IDS)), IDS, shards, shape=(16, 32), num_hashes=3)
-
-
 #: What a training step calls.
 STEP: dict[str, Callable[[], object]] = {
     "mix_ids": mix_ids,
@@ -110,8 +110,10 @@ STEP: dict[str, Callable[[], object]] = {
     "key_factors": lambda: ops.key_factors(
         torch.ones((16, 32)), IDS, (IDS % 17 - 1).int(), num_hashes=3
     ),
-    "key_factors_backward": key_factors_backward,
-    "row_dots": row_dots,
+    "key_factors of rows": lambda: ops.key_factors(
+        torch.ones((16, 32)), IDS, (IDS % 17 - 1).int(), IDS.int() % len(IDS), num_hashes=3
+    ),
+    "factor_gradients": factor_gradients,
 }
 #: What waits for the device: the number of its rows is in the ids.
 WAITING: dict[str, Callable[[], object]] = {
@@ -165,7 +167,7 @@ def test_offsets_that_cannot_be_touch_nothing_else(device: Simt, offsets):
         ops.add_second_rows(remap(offsets), POOL)
         ops.quotient_remainder(IDS, offsets, TABLES)
         ops.bloom_rows(IDS, offsets, TABLES, ONE_BIT)
-        row_dots(offsets)
+        factor_gradients(offsets)
         for name in ("bloom_weigh", "bloom_pool", "bloom_weigh_backward"):
             bloom(name, offsets)
 

@@ -30,9 +30,8 @@ from torchrec_cafe.ops.hot_sketch import (
 from torchrec_cafe.ops.huge_pages import advise_huge_pages
 from torchrec_cafe.ops.key_factors import (
     WEIGHTS_PER_LINE,
+    factor_gradients,
     key_factors,
-    key_factors_backward,
-    row_dots,
 )
 from torchrec_cafe.ops.learning import learn
 from torchrec_cafe.ops.pool_keys import PooledKeys, pool_keys
@@ -111,9 +110,9 @@ __all__ = [
     "bloom_union",
     "bloom_weigh",
     "bloom_weigh_backward",
+    "factor_gradients",
     "first_mixed_id",
     "key_factors",
-    "key_factors_backward",
     "learn",
     "mix_ids",
     "move_rows",
@@ -121,6 +120,5 @@ __all__ = [
     "quotient_remainder",
     "rebalance",
     "remap",
-    "row_dots",
     "unmix_ids",
 ]

@@ -16,7 +16,14 @@ from torchrec_cafe.ops.pool_rows import Lookups
 WEIGHTS_PER_LINE = 16
 
 
-def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: int) -> Tensor:
+def key_factors(
+    weights: Tensor,
+    keys: Tensor,
+    shards: Tensor,
+    source: Tensor | None = None,
+    *,
+    num_hashes: int,
+) -> Tensor:
     """Add up the weights of each key: all in one line, one in each of ``num_hashes`` parts of it.
 
     A split block Bloom filter, with weights for bits.
@@ -25,65 +32,88 @@ def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: in
         weights: float32 ``[S, W]``, W a multiple of 16.
         keys: int64 ``[N]``, as :func:`remap` gives them.
         shards: int32 ``[N]``, the key's shard of this rank, in [0, S), or -1: it has no weights.
+        source: int32 ``[M]``, the key of each row, in [0, N); ``None``: each key once, as they
+            come.
         num_hashes: weights of a key, in [1, 16]; ``N < 2**31``.
 
     Returns:
-        float32 ``[N]``; 1 where the shard is -1.
+        float32 ``[M]``, without ``source`` ``[N]``; 1 where the shard is -1.
 
     Raises:
         TypeError: if a dtype is not the one above.
         ValueError: if a shape or a number is not the one above, or the devices differ. On CUDA a
-            shard out of range counts as -1.
+            shard out of range counts as -1, and a source as that of a key without weights.
 
     Note:
         Deterministic, and the same on every device. Nothing is mutated. Not differentiable by
-        autograd: see :func:`key_factors_backward`.
+        autograd: see :func:`factor_gradients`.
 
     Reference: MEM-REC (ACML 2023), section 3: the weight encoder, there with weights anywhere.
         Split block: F. Putze et al., Cache-, hash- and space-efficient Bloom filters (WEA 2007).
     """
     op = "key_factors"
     try:
-        return torch.ops.torchrec_cafe.key_factors.default(weights, keys, shards, num_hashes)
+        return torch.ops.torchrec_cafe.key_factors.default(
+            weights, keys, shards, num_hashes, source
+        )
     except RuntimeError as error:
         check_tensor(op, "weights", weights, torch.float32, (None, None))
-        _check_keys(op, keys, shards, weights=weights)
+        others = {} if source is None else {"source": source}
+        _check_keys(op, keys, shards, weights=weights, **others)
+        if source is not None:
+            check_tensor(op, "source", source, torch.int32, (None,))
         raise value_error(op, error) from None
 
 
-def row_dots(
-    grad: Tensor, table: Tensor, found: Lookups, *, shards: Tensor, features: Tensor
-) -> Tensor:
-    """Multiply the gradient of each bag with its rows, and add up what belongs to an id.
+def factor_gradients(  # noqa: PLR0913  what the backward pass of scaled rows takes
+    grad: Tensor,
+    table: Tensor,
+    found: Lookups,
+    keys: Tensor,
+    shards: Tensor,
+    *,
+    features: Tensor,
+    given: Tensor | None = None,
+    shape: tuple[int, int],
+    num_hashes: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the weights of :func:`key_factors`, by lines.
 
-    That is the gradient of the factor by which an id's rows are scaled.
+    That of the factor of a row is the scalar product of the row and the gradient of its bag.
 
     Args:
         grad: float32 ``[B * F, D]``, of the pooled bags; bag ``b * F + f`` is sample b of feature
             f.
         table: float32 or float16 ``[R, D]``, physical rows.
-        found: the rows of the bags, each in [0, R), and their ids, in [0, N); the rows of an id lie
-            side by side.
-        shards: int32 ``[N]``, as :func:`key_factors` takes them: an id whose shard is below 0 has
-            no factor that could learn.
+        found: the rows of the bags, each in [0, R), and their ids, in [0, N).
+        keys: int64 ``[N]``, as :func:`key_factors` takes them.
+        shards: int32 ``[N]``, as :func:`key_factors` takes them: ids whose shard is below 0 teach
+            nothing.
         features: int64 ``[F]``, as :func:`learn` takes them: no id of a feature below 0 has a
             shard, and its bags are passed over.
+        given: float32 ``[N]``, by what the rows of each id are scaled besides; ``None``: all one.
+        shape: S and W of the weights.
+        num_hashes: as :func:`key_factors` takes it.
 
     Returns:
-        float32 ``[N]``; 0 for an id without rows or without a shard.
+        int64 ``[U]``, rows of the weights viewed as ``[S * W / 16, 16]``; float32 ``[U, 16]``,
+        their gradients. On a CPU the rows that the keys hit, each once, in an order that depends on
+        the arguments alone. On CUDA ``U = M`` and rows repeat: their gradients are to be added up,
+        as FBGEMM does; what teaches nothing gives row ``S * W / 16``, one past the last, with
+        gradient 0.
 
     Raises:
         TypeError: if a dtype is not the one above.
-        ValueError: if a shape or a number is not the one above, or the devices differ. On CUDA rows
-            and ids out of range are passed over.
+        ValueError: if a shape or a number is not the one above, or the devices differ. On CUDA
+            rows, ids and shards out of range teach nothing.
 
     Note:
         Deterministic for any number of threads. Nothing is mutated.
     """
-    op = "row_dots"
+    op = "factor_gradients"
     try:
-        return torch.ops.torchrec_cafe.row_dots.default(
-            grad, table, found.rows, found.offsets, found.source, shards, features
+        return torch.ops.torchrec_cafe.factor_gradients.default(
+            *(grad, table, *found, keys, shards, given, features, *shape, num_hashes)
         )
     except RuntimeError as error:
         if table.dtype not in (torch.float32, torch.float16):
@@ -94,48 +124,14 @@ def row_dots(
         check_tensor(op, "rows", found.rows, torch.int64, (None,))
         check_tensor(op, "offsets", found.offsets, torch.int64, (None,))
         check_tensor(op, "source", found.source, torch.int32, (found.rows.numel(),))
-        shape = (found.offsets.numel() - 1, table.shape[1])
-        check_tensor(op, "grad", grad, torch.float32, shape)
-        check_tensor(op, "shards", shards, torch.int32, (None,))
+        of_bags = (found.offsets.numel() - 1, table.shape[1])
+        check_tensor(op, "grad", grad, torch.float32, of_bags)
         check_tensor(op, "features", features, torch.int64, (None,))
         tensors = {"rows": found.rows, "source": found.source, "features": features}
-        check_same_device(op, grad=grad, table=table, shards=shards, **tensors)
-        raise value_error(op, error) from None
-
-
-def key_factors_backward(
-    grad: Tensor, keys: Tensor, shards: Tensor, *, shape: tuple[int, int], num_hashes: int
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the weights, from that of the factors, by lines.
-
-    Args:
-        grad: float32 ``[N]``, of the factors.
-        keys: as :func:`key_factors` takes them.
-        shards: as :func:`key_factors` takes them.
-        shape: S and W of the weights.
-        num_hashes: as :func:`key_factors` takes it.
-
-    Returns:
-        int64 ``[U]``, rows of the weights viewed as ``[S * W / 16, 16]``; float32 ``[U, 16]``,
-        their gradients. On a CPU the rows that the keys hit, each once, as first hit. On CUDA
-        ``U = N`` and rows repeat: their gradients are to be added up, as FBGEMM does; keys without
-        weights give row ``S * W / 16``, one past the last, with gradient 0.
-
-    Raises:
-        TypeError: if a dtype is not the one above.
-        ValueError: as :func:`key_factors`.
-
-    Note:
-        Deterministic for any number of threads. Nothing is mutated.
-    """
-    op = "key_factors_backward"
-    try:
-        return torch.ops.torchrec_cafe.key_factors_backward.default(
-            grad, keys, shards, *shape, num_hashes
-        )
-    except RuntimeError as error:
-        _check_keys(op, keys, shards, grad=grad)
-        check_tensor(op, "grad", grad, torch.float32, tuple(keys.shape))
+        if given is not None:
+            check_tensor(op, "given", given, torch.float32, tuple(keys.shape))
+            tensors["given"] = given
+        _check_keys(op, keys, shards, grad=grad, table=table, **tensors)
         raise value_error(op, error) from None
 
 
@@ -146,34 +142,30 @@ def _check_keys(op: str, keys: Tensor, shards: Tensor, **others: Tensor) -> None
 
 
 @torch.library.register_fake("torchrec_cafe::key_factors")
-def _(weights: Tensor, keys: Tensor, shards: Tensor, num_hashes: int) -> Tensor:
+def _(
+    weights: Tensor, keys: Tensor, shards: Tensor, num_hashes: int, source: Tensor | None = None
+) -> Tensor:
     check_same_device("key_factors", weights=weights, keys=keys, shards=shards)
-    return weights.new_empty(keys.shape[0])
+    return weights.new_empty((keys if source is None else source).shape[0])
 
 
-@torch.library.register_fake("torchrec_cafe::key_factors_backward")
-def _(  # noqa: PLR0913  the schema has as many arguments
-    grad: Tensor,
-    keys: Tensor,
-    shards: Tensor,
-    shards_held: int,
-    weights_per_shard: int,
-    num_hashes: int,
-) -> tuple[Tensor, Tensor]:
-    check_same_device("key_factors_backward", grad=grad, keys=keys, shards=shards)
-    size = torch.library.get_ctx().new_dynamic_size()
-    return keys.new_empty(size), grad.new_empty((size, WEIGHTS_PER_LINE))
-
-
-@torch.library.register_fake("torchrec_cafe::row_dots")
+@torch.library.register_fake("torchrec_cafe::factor_gradients")
 def _(  # noqa: PLR0913  the schema has as many arguments
     grad: Tensor,
     table: Tensor,
     rows: Tensor,
     offsets: Tensor,
     source: Tensor,
+    keys: Tensor,
     shards: Tensor,
+    given: Tensor | None,
     features: Tensor,
-) -> Tensor:
-    check_same_device("row_dots", grad=grad, table=table, rows=rows, source=source, shards=shards)
-    return grad.new_empty(shards.shape[0])
+    shards_held: int,
+    weights_per_shard: int,
+    num_hashes: int,
+) -> tuple[Tensor, Tensor]:
+    check_same_device(
+        "factor_gradients", grad=grad, table=table, rows=rows, source=source, keys=keys
+    )
+    size = torch.library.get_ctx().new_dynamic_size()
+    return rows.new_empty(size), grad.new_empty((size, WEIGHTS_PER_LINE))

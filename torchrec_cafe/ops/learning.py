@@ -61,14 +61,13 @@ def learn(  # noqa: PLR0913  what a step of learning takes
         raise ValueError(f"learn: `decay` must be in [0, 1], got {decay}")
     if not 1 <= growth <= 2**60:
         raise ValueError(f"learn: `growth` must be in [1, 2**60], got {growth}")
-    given = grad.new_empty(0) if weights is None else weights
     try:
         torch.ops.torchrec_cafe.learn.default(
             grad,
             offsets,
             batch.keys,
             batch.shards,
-            given,
+            weights,
             features,
             norms,
             state.buckets,
@@ -129,7 +128,7 @@ def _(  # noqa: PLR0913  the schema has as many arguments
     offsets: Tensor,
     keys: Tensor,
     shards: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     features: Tensor,
     norms: Tensor,
     buckets: Tensor,

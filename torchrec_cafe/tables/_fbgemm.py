@@ -188,12 +188,16 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         has_state = self.optimizer != EmbOptimType.EXACT_SGD
         return (f"weights_{where}", *([f"momentum1_{where}"] if has_state else []))
 
+    @functools.cached_property
+    def _owner_places(self) -> tuple[tuple[dict[str, Any], str], ...]:
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        return tuple((parameters if n in parameters else buffers, n) for n in self._owner_names)
+
     def _owners(self) -> tuple[Tensor, ...]:
         """The tensors whose memory the physical table and its first state are in."""
         # In every step, where a module's own search takes longer than all else here.
-        parameters: Any = self._parameters
-        buffers: Any = self._buffers
-        return tuple((parameters if n in parameters else buffers)[n] for n in self._owner_names)
+        return tuple([of_kind[name] for of_kind, name in self._owner_places])
 
     @property
     def counts_by_row(self) -> bool:
@@ -234,9 +238,9 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
             rows: int64 ``[N]``, rows of the physical table, which may repeat.
             grads: float32 ``[N, D]``, their gradients.
         """
-        starts = self._first_numbers(len(rows) + 1)
-        update = None if self.counts_by_row else cpu_update(self.optimizer)
-        if update is None or rows.device.type != "cpu":
+        starts = self._first_numbers(rows.shape[0] + 1)
+        update = self._cpu_update
+        if update is None:
             with torch.enable_grad():
                 looked_up = self(indices=rows, offsets=starts)
             looked_up.backward(grads)
@@ -249,11 +253,18 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
             self._update = _Update(update, owners, self._arguments(update))
         self._update(grads, rows, starts)
 
+    @functools.cached_property
+    def _cpu_update(self) -> Operator | None:
+        """The optimizer's step on a CPU; ``None``: on CUDA, or not one of its own."""
+        if self.current_device.type != "cpu" or self.counts_by_row:
+            return None
+        return cpu_update(self.optimizer)
+
     def _first_numbers(self, count: int) -> Tensor:
         """0, 1, ..., count - 1, on the device of the rows."""
-        if len(self._ascending) < count:
+        if self._ascending.shape[0] < count:
             self._ascending = torch.arange(2 * count, device=self._ascending.device)
-        return self._ascending[:count]
+        return self._ascending.narrow(0, 0, count)
 
     def _arguments(self, update: Operator) -> list[Any]:
         """The operator's arguments by their names; ``None`` where a call gives them."""

@@ -81,11 +81,12 @@ class CompressedBags(nn.Module):
             self.touched.mark(found.rows)
         pooled = self.tbe.pool(found.rows, found.offsets, found.factors)
         if found.learn is not None and pooled.requires_grad:
-            pooled.register_hook(torch.no_grad()(found.learn))
+            pooled.register_hook(found.learn)
         return pooled
 
     def settle(self) -> None:
         """Apply what the last step has taught; see :meth:`HotRowPool.settle`."""
-        if self.pool is not None and self.pool.unsettled:  # the rows are asked for only then
+        pool = self.pool
+        if pool is not None and pool.unsettled:  # the rows are asked for only then
             with record_function("CompressedBags.settle"):
-                self.pool.settle(self.tbe.physical_tensors(), self.touched)
+                pool.settle(self.tbe.physical_tensors(), self.touched)

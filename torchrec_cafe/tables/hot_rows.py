@@ -62,6 +62,22 @@ class PoolLayout:
     num_medium: int = 0
 
 
+class _Clock:
+    """How far a pool is: apart from it, for a module takes long to set an attribute.
+
+    Attributes:
+        steps: learned from; a host copy of the sketch's, for reading the tensor would synchronise.
+        unsettled: whether a turn of settling is due.
+    """
+
+    __slots__ = ("steps", "unsettled")
+
+    def __init__(self) -> None:
+        """Begin."""
+        self.steps = 0
+        self.unsettled = False
+
+
 class HotRowPool(nn.Module, ShardedState):
     """Decides which ids own a row, and moves the rows.
 
@@ -108,12 +124,11 @@ class HotRowPool(nn.Module, ShardedState):
         # Hot lookups and lookups of the last batch looked at.
         hot_share = torch.zeros(2, dtype=torch.int64, device=tables.device)
         self.register_buffer("_hot_share", hot_share, persistent=False)
-        self._step = 0  # host copy of the sketch's steps: reading the tensor would synchronise
+        self._clock = _Clock()
+        self._growths: dict[int, float] = {}
         interval = layout.kind.rebalance_interval
         # It divides the interval, so that every shard has its turn once in it.
         self._turn_steps = math.gcd(interval, TURN_STEPS)
-        #: whether a turn of settling is due
-        self.unsettled = False
         self._turns: dict[int, Tensor] = {}
         self._hot_rows: HotRows | None = None
 
@@ -139,7 +154,12 @@ class HotRowPool(nn.Module, ShardedState):
     @property
     def steps(self) -> int:
         """Steps learned from, since training began."""
-        return self._step
+        return self._clock.steps
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a turn of settling is due."""
+        return self._clock.unsettled
 
     @property
     def num_bytes(self) -> int:
@@ -175,19 +195,20 @@ class HotRowPool(nn.Module, ShardedState):
     def reload(self) -> None:
         """Take over what a checkpoint has written into the sketch's tensors."""
         steps = self.sketch.steps
-        self._step = int(steps[0]) if steps.numel() else 0
-        self.unsettled = False
+        self._clock.steps = int(steps[0]) if steps.numel() else 0
+        self._clock.unsettled = False
 
     def learn(self, grad: Tensor, offsets: Tensor, batch: Remapped, weights: Tensor | None) -> None:
         """Feed the sketch.
 
         Args:
-            grad: ``[B * F, D]``, gradient of the pooled bags of the whole batch.
+            grad: float32 ``[B * F, D]``, gradient of the whole batch's pooled bags, contiguous.
             offsets: int64 ``[F * B + 1]``, bag ``f * B + b`` is sample b of feature f.
             batch: what was looked up.
             weights: float32 ``[N]``, per-sample weight of each id; ``None``: all one.
         """
-        growth = self._growth((offsets.numel() - 1) // len(self._features))
+        features = self._features
+        growth = self._growth((offsets.numel() - 1) // features.shape[0])
         if self.layout.kind.importance == "frequency":
             ones = torch.ones_like(batch.keys, dtype=torch.float32)
             counted = ones if weights is None else weights.abs()
@@ -196,10 +217,10 @@ class HotRowPool(nn.Module, ShardedState):
             learn(
                 self.sketch,
                 self._norms,
-                grad.float().contiguous(),
+                grad,
                 offsets,
                 batch,
-                features=self._features,
+                features=features,
                 weights=weights,
                 decay=NORM_DECAY,
                 growth=growth,
@@ -214,7 +235,7 @@ class HotRowPool(nn.Module, ShardedState):
         is to learn the same on whichever rank it is.
 
         Args:
-            grad: ``[N, D]``, gradient of the ids' vectors.
+            grad: float32 ``[N, D]``, gradient of the ids' vectors.
             samples: of the whole batch.
             batch: what was looked up.
 
@@ -232,7 +253,7 @@ class HotRowPool(nn.Module, ShardedState):
 
     def _importance(self, grad: Tensor, batch: Remapped) -> Tensor:
         """The importance of ids that were not pooled, float32 ``[N]``; updates the means."""
-        norms = torch.linalg.vector_norm(grad.float(), dim=1)
+        norms = torch.linalg.vector_norm(grad, dim=1)
         # NaN and infinity are no part of the mean; the sketch counts and skips them.
         counts = ((batch.shards >= 0) & norms.isfinite()).double()
         cells = batch.shards.clamp(min=0) * self._norms.shape[1] + (batch.keys >> ID_BITS)
@@ -249,16 +270,21 @@ class HotRowPool(nn.Module, ShardedState):
         Args:
             samples: of the whole batch, which every rank sees, so that all agree.
         """
-        hot_rows = self.layout.num_shards * self.layout.rows.hot_rows_per_shard
-        return self.layout.kind.growth(samples * self._num_tracked / hot_rows)
+        growth = self._growths.get(samples)
+        if growth is None:
+            hot_rows = self.layout.num_shards * self.layout.rows.hot_rows_per_shard
+            growth = self.layout.kind.growth(samples * self._num_tracked / hot_rows)
+            self._growths[samples] = growth
+        return growth
 
     def _end_step(self, batch: Remapped) -> None:
-        if self._step % HOT_SHARE_INTERVAL == 0:
+        clock = self._clock
+        if clock.steps % HOT_SHARE_INTERVAL == 0:
             hot = torch.count_nonzero(batch.rows >= self.layout.rows.offset)
             self._hot_share.copy_(torch.stack([hot, torch.count_nonzero(batch.shards >= 0)]))
-        self._step += 1
-        if self._step % self._turn_steps == 0:
-            self.unsettled = True
+        clock.steps += 1
+        if clock.steps % self._turn_steps == 0:
+            clock.unsettled = True
 
     def settle(self, rows: list[Tensor], touched: TouchedRows | None = None) -> None:
         """Re-assign the hot rows of the shards whose turn it is, if a turn is due.
@@ -267,9 +293,9 @@ class HotRowPool(nn.Module, ShardedState):
             rows: physical table and optimizer states, first axis physical rows; mutated.
             touched: notes the rows that change hands; ``None``: nobody wants to know.
         """
-        if not self.unsettled:
+        if not self._clock.unsettled:
             return
-        self.unsettled = False
+        self._clock.unsettled = False
         layout = self.layout
         selected = self._selected()
         if selected.numel() == 0:
@@ -294,7 +320,7 @@ class HotRowPool(nn.Module, ShardedState):
         """The shards whose turn it is."""
         turns = self.layout.kind.rebalance_interval // self._turn_steps
         # By global number, so that the schedule does not depend on the number of ranks.
-        first = (self._step // self._turn_steps - self.layout.first_shard) % turns
+        first = (self.steps // self._turn_steps - self.layout.first_shard) % turns
         if first not in self._turns or self._turns[first].device != self.tables.device:
             last = max(first, self.layout.shards_held)
             self._turns[first] = torch.arange(first, last, turns, device=self.tables.device)

@@ -160,6 +160,7 @@ class MemRecRows(MemRecLookup):
         tables = self._tables.repeat_interleave(starts.diff(), dim=0, output_size=size)
         return _Bags(ids, torch.arange(size + 1, device=ids.device), tables)
 
+    @torch.no_grad()
     def _learn(self, grad: Tensor, bags: _Bags, weights: Tensor | None) -> None:
         """Train the weights, before FBGEMM changes the rows that they were multiplied with."""
         if len(bags.tables) == 0:  # a rank may have none of the ids
@@ -251,7 +252,7 @@ class MemRecSamples(MemRecLookup):
         scales = sum_weights(self.weights.table, hit)
         if torch.is_grad_enabled():
             scales.requires_grad_()
-            scales.register_hook(torch.no_grad()(lambda grad: self._learn(grad, hit)))
+            scales.register_hook(lambda grad: self._learn(grad, hit))
         return BagRows(found.bits, found.offsets, None, scales=scales)
 
     def unpooled(self, ids: Tensor, offsets: Tensor) -> BagRows:
@@ -262,6 +263,7 @@ class MemRecSamples(MemRecLookup):
         """
         raise ValueError("MemRec(per='sample') has no vectors of ids; use MemRec(per='token')")
 
+    @torch.no_grad()
     def _learn(self, grad: Tensor, hit: BitsOfSamples) -> None:
         """Train the weights: each has the gradient of its samples' factors."""
         (tbe,) = self._tbe

@@ -88,7 +88,7 @@ class BagRows(NamedTuple):
         offsets: int64 ``[B * bags_per_sample + 1]``, where each bag starts in ``rows``.
         factors: float32 ``[M]``, what each row is multiplied by; ``None``: all one.
         learn: called in backward with the gradient of the pooled bags, before the rows are updated;
-            ``None``: nothing is learned from it.
+            has no gradient of its own. ``None``: nothing is learned from it.
         scales: float32 ``[B]``, goes out as one more column of each sample; ``None``: none does.
     """
 
@@ -284,11 +284,10 @@ class SharedRows(RowLookup):
         found = Lookups(batch.rows, batch.offsets, batch.source)
         if hot.rows.second_rows_per_shard > 0:
             found = add_second_rows(batch, hot.rows)
-        scales = weights
+        of_rows = None if weights is None else weights.index_select(0, found.source)
         if self.factors is not None:
-            own = self.factors.of(batch)
-            scales = own if weights is None else own * weights
-        of_rows = None if scales is None else scales.index_select(0, found.source)
+            own = self.factors.of(batch, found.source)
+            of_rows = own if of_rows is None else own * of_rows
         given = None if weights is None else weights.detach()
         return _Looked(batch, found, of_rows, given)
 
@@ -297,24 +296,32 @@ class SharedRows(RowLookup):
         rows, offsets, _ = looked.found
         return BagRows(rows, offsets, looked.factors, learn if learns else None)
 
+    @torch.no_grad()
     def _learn(self, grad: Tensor, offsets: Tensor, looked: _Looked) -> None:
-        if self.pool is not None and self.training:
-            self.pool.learn(grad, offsets, looked.batch, looked.given)
-        self._learn_factors(grad, looked, self._tracked)
+        grad = grad.float().contiguous()
+        pool = self.pool if self.training else None
+        if pool is not None:
+            pool.learn(grad, offsets, looked.batch, looked.given)
+        if self.factors is not None:
+            self._learn_factors(grad, looked, self._tracked, pool)
 
+    @torch.no_grad()
     def _learn_unpooled(self, grad: Tensor, samples: int, looked: _Looked) -> None:
-        if self.pool is not None and self.training:
-            self.pool.learn_unpooled(grad, samples, looked.batch)
-        self._learn_factors(grad, looked, self._all)
+        grad = grad.float().contiguous()
+        pool = self.pool if self.training else None
+        if pool is not None:
+            pool.learn_unpooled(grad, samples, looked.batch)
+        if self.factors is not None:
+            self._learn_factors(grad, looked, self._all, pool)
 
-    def _learn_factors(self, grad: Tensor, looked: _Looked, features: Tensor) -> None:
-        if self.factors is None:
-            return
-        found, batch = looked.found, looked.batch
+    def _learn_factors(
+        self, grad: Tensor, looked: _Looked, features: Tensor, pool: HotRowPool | None
+    ) -> None:
+        assert self.factors is not None
         # Outside of training no steps are counted: all ids learn.
-        passes = self.pool is not None and self.training and self.pool.steps % HOT_FACTOR_STEPS
-        shards = batch.cold_shards if passes else batch.shards
-        self.factors.learn(grad, found, batch, looked.given, features, shards=shards)
+        passes = pool is not None and pool.steps % HOT_FACTOR_STEPS
+        shards = looked.batch.cold_shards if passes else looked.batch.shards
+        self.factors.learn(grad, looked.found, looked.batch, looked.given, features, shards=shards)
 
 
 class _Looked(NamedTuple):

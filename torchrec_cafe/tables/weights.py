@@ -11,7 +11,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor
 
-from torchrec_cafe.ops import Lookups, Remapped, key_factors, key_factors_backward, row_dots
+from torchrec_cafe.ops import Lookups, Remapped, factor_gradients, key_factors
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.state import ShardedState
 from torchrec_cafe.tables.touched import TouchedRows
@@ -54,7 +54,7 @@ class WeightTable(ShardedState):
         self.shape = shape
         self.per_row = per_row
         self._num_rows = shape[0] * shape[1] // per_row
-        # The last row takes the place of those of ids without weights, see key_factors_backward.
+        # The last row takes the place of those of ids without weights, see factor_gradients.
         self.tbe = RowRangeTBE(
             [self._num_rows, 1],
             per_row,
@@ -144,10 +144,18 @@ class IdFactors:
         self._num_hashes = num_hashes
         self._tbe = tbe
 
-    def of(self, batch: Remapped) -> Tensor:
-        """The factor of each id of a batch, float32 ``[N]``; 1 for ids that are not tracked."""
-        table = self.weights.table
-        return key_factors(table, batch.keys, batch.shards, num_hashes=self._num_hashes)
+    def of(self, batch: Remapped, source: Tensor | None = None) -> Tensor:
+        """The factors of ids, 1 for those that are not tracked.
+
+        Args:
+            batch: the ids.
+            source: int32 ``[M]``, the id of each row; ``None``: each id once.
+
+        Returns:
+            float32 ``[M]``, without ``source`` ``[N]``.
+        """
+        hashes = self._num_hashes
+        return key_factors(self.weights.table, batch.keys, batch.shards, source, num_hashes=hashes)
 
     def learn(
         self,
@@ -162,7 +170,7 @@ class IdFactors:
         """Train the weights, before FBGEMM changes the rows that they were multiplied with.
 
         Args:
-            grad: ``[B * F, D]``, gradient of the pooled bags.
+            grad: float32 ``[B * F, D]``, gradient of the pooled bags, contiguous.
             found: the rows that were looked up, with their ids.
             batch: the ids.
             given: float32 ``[N]``, further factor of each id; ``None``: all one.
@@ -170,14 +178,14 @@ class IdFactors:
             shards: int32 ``[N]``, of ``batch`` the ``shards`` or ``cold_shards``: ids with a shard
                 below 0 teach nothing.
         """
-        table = self._tbe.physical_tensors()[0]
-        of_ids = row_dots(grad.float().contiguous(), table, found, shards=shards, features=features)
-        if given is not None:
-            of_ids *= given
-        rows, grads = key_factors_backward(
-            of_ids,
+        rows, grads = factor_gradients(
+            grad,
+            self._tbe.physical_tensors()[0],
+            found,
             batch.keys,
             shards,
+            features=features,
+            given=given,
             shape=self.weights.shape,
             num_hashes=self._num_hashes,
         )

@@ -23,7 +23,7 @@ from torchrec_cafe.ops.reference.cafe import (
     remap,
     second_row,
 )
-from torchrec_cafe.ops.reference.factors import key_factors, key_factors_backward, row_dots
+from torchrec_cafe.ops.reference.factors import factor_gradients, key_factors
 from torchrec_cafe.ops.reference.lookahead import (
     SlotMap,
     copy_rows,
@@ -55,11 +55,11 @@ __all__ = [
     "bloom_weigh_backward",
     "bucket_of",
     "copy_rows",
+    "factor_gradients",
     "find",
     "hash64",
     "insert",
     "key_factors",
-    "key_factors_backward",
     "l2_norms",
     "learn",
     "mix_id",
@@ -71,7 +71,6 @@ __all__ = [
     "read_rows",
     "rebalance",
     "remap",
-    "row_dots",
     "second_row",
     "slots_of_occurrences",
     "write_rows",

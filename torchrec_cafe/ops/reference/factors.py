@@ -29,7 +29,14 @@ def weights_of_key(key: int, shard: int, per_shard: int, num_hashes: int) -> lis
     return found
 
 
-def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: int) -> Tensor:
+def key_factors(
+    weights: Tensor,
+    keys: Tensor,
+    shards: Tensor,
+    source: Tensor | None = None,
+    *,
+    num_hashes: int,
+) -> Tensor:
     """See :func:`torchrec_cafe.ops.key_factors`; differentiable."""
     lines = weights.view(-1, WEIGHTS_PER_LINE)
     factors = [weights.new_zeros(0)]
@@ -44,7 +51,8 @@ def key_factors(weights: Tensor, keys: Tensor, shards: Tensor, *, num_hashes: in
         for half in (8, 4, 2, 1):
             parts = parts[:half] + parts[half:]
         factors.append(parts)
-    return torch.cat(factors)
+    of_keys = torch.cat(factors)
+    return of_keys if source is None else of_keys[source]
 
 
 def _weights_of_keys(
@@ -57,27 +65,29 @@ def _weights_of_keys(
     ]
 
 
-def key_factors_backward(
-    grad: Tensor, keys: Tensor, shards: Tensor, *, shape: tuple[int, int], num_hashes: int
+def factor_gradients(  # noqa: PLR0913  as many as torchrec_cafe.ops.factor_gradients
+    grad: Tensor,
+    table: Tensor,
+    found: Lookups,
+    keys: Tensor,
+    shards: Tensor,
+    *,
+    features: Tensor,
+    given: Tensor | None = None,
+    shape: tuple[int, int],
+    num_hashes: int,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`torchrec_cafe.ops.key_factors_backward`, as on a CPU."""
+    """See :func:`torchrec_cafe.ops.factor_gradients`, as on a CPU; rows in order of first hits."""
     sums = RowSums(WEIGHTS_PER_LINE)
-    for value, found in zip(
-        grad, _weights_of_keys(keys, shards, shape[1], num_hashes), strict=True
-    ):
-        for at in found:
-            sums.add(at, value)
-    return sums.by_row()
-
-
-def row_dots(
-    grad: Tensor, table: Tensor, found: Lookups, *, shards: Tensor, features: Tensor
-) -> Tensor:
-    """See :func:`torchrec_cafe.ops.row_dots`."""
-    dots = grad.new_zeros(len(shards))
+    weights = _weights_of_keys(keys, shards, shape[1], num_hashes)
     for bag in range(len(found.offsets) - 1):
+        if features[bag % len(features)] < 0:
+            continue
         for m in range(int(found.offsets[bag]), int(found.offsets[bag + 1])):
-            if features[bag % len(features)] < 0 or shards[found.source[m]] < 0:
-                continue
-            dots[found.source[m]] += row_dot(grad[bag], table[found.rows[m]].float())
-    return dots
+            key = int(found.source[m])
+            value = row_dot(grad[bag], table[found.rows[m]].float())
+            if given is not None:
+                value = value * given[key]
+            for at in weights[key]:
+                sums.add(at, value)
+    return sums.by_row()
