@@ -22,6 +22,26 @@ BATCHES = 20, 80
 
 
 @dataclass(frozen=True)
+class Layers:
+    """Sizes of the dense layers.
+
+    Attributes:
+        bottom: of the bottom layers, besides the last, which is the tables' dim.
+        over: of those over the interactions.
+    """
+
+    bottom: tuple[int, ...]
+    over: tuple[int, ...]
+
+
+LAYERS = {
+    "small": Layers((64,), (256, 128, 1)),
+    # bench/dlrm_s_criteo_kaggle.sh of facebookresearch/dlrm, which the CAFE paper trains.
+    "reference": Layers((512, 256, 64), (512, 256, 1)),
+}
+
+
+@dataclass(frozen=True)
 class Case:
     """What is trained.
 
