@@ -15,9 +15,10 @@
 namespace torchrec_cafe {
 
 extern const Kernels CAFE_KERNELS;
-const Kernels CAFE_KERNELS{CAFE_CAPABILITY, mix,         shards_fit,  observe,        observe_owned,
-                           bag_norms,       weigh,       renormalise, offsets_ascend, remap,
-                           bloom_encode,    key_factors, gather,      line_gradients, add_to_lines,
-                           bloom_factors,   bloom_pool,  bloom_dots,  rebalance};
+const Kernels CAFE_KERNELS{
+    CAFE_CAPABILITY, mix,           shards_fit,  observe,        observe_owned,
+    bag_norms,       weigh,         renormalise, offsets_ascend, remap,
+    bloom_encode,    key_factors,   gather,      line_gradients, place_lines,
+    add_to_lines,    bloom_factors, bloom_pool,  bloom_dots,     rebalance};
 
 }  // namespace torchrec_cafe

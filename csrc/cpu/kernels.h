@@ -86,7 +86,7 @@ struct ScaledRows {
 
 // What a row adds to the gradient of some weights of a line.
 struct LineGradient {
-  int32_t line;
+  int32_t line;   // or its place, see place_lines
   uint32_t mask;  // weights of the line
   float gradient;
 };
@@ -146,8 +146,12 @@ struct Kernels {
   int64_t (*line_gradients)(const LineEncoder& encoder, const ScaledRows& in, int64_t first,
                             int64_t last, LineGradient* out, int64_t& wrong);
 
-  // Adds gradients to those in `sums`, where their lines have places; a new one begins at 0.
-  void (*add_to_lines)(const LineGradient* added, int64_t size, RowPlaces& places, float* sums);
+  // Puts the places of lines in the place of the lines.
+  void (*place_lines)(LineGradient* added, int64_t size, RowPlaces& places);
+
+  // Adds gradients to those in `sums`, by place; those from the `seen`-th on begin at 0. Returns
+  // how many have been seen then.
+  int64_t (*add_to_lines)(const LineGradient* added, int64_t size, int64_t seen, float* sums);
 
   // Adds up the weights of each id.
   void (*bloom_factors)(const BloomEncoder& encoder, const Table& table, const int64_t* ids,

@@ -12,10 +12,9 @@
 #include "checks.h"
 #include "cpu/blocks.h"
 #include "cpu/kernels.h"
-#include "cpu/line_groups.h"
+#include "cpu/line_sums.h"
 #include "cpu/offsets.h"
 #include "cpu/tensors.h"
-#include "cpu/weight_sums.h"
 #include "factor_lines.h"
 
 namespace torchrec_cafe {
@@ -62,40 +61,20 @@ void refuse(const ScaledRows& in, int64_t lookup) {
   STD_TORCH_CHECK(false, "`source` must be in [0, ", in.num_ids, "), got ", in.source[lookup]);
 }
 
-// What the rows add to the gradient of lines, a piece for each block of samples.
-class LinePieces {
- public:
-  LinePieces(const LineEncoder& encoder, const ScaledRows& in, int64_t num_samples)
-      : all_(new LineGradient[in.offsets[num_samples * in.num_features]]) {
-    const int64_t per_block = std::max<int64_t>(1, kBagsPerBlock / (1 + in.num_wanted));
-    pieces_.resize(num_blocks(num_samples, per_block));
-    std::vector<int64_t> wrong(pieces_.size(), -1);
-    each_block(num_samples, per_block, [&](int64_t block, int64_t begin, int64_t end) {
-      LineGradient* out = all_.get() + in.offsets[begin * in.num_features];
-      pieces_[block] = {out, kernels().line_gradients(encoder, in, begin, end, out, wrong[block])};
-    });
-    for (const int64_t lookup : wrong) {
-      if (lookup >= 0) refuse(in, lookup);
-    }
+// What the rows add to the gradient of lines, a piece for each block of samples, in `all`.
+std::vector<LinePiece> line_pieces(const LineEncoder& encoder, const ScaledRows& in,
+                                   int64_t num_samples, LineGradient* all) {
+  const int64_t per_block = std::max<int64_t>(1, kBagsPerBlock / (1 + in.num_wanted));
+  std::vector<LinePiece> pieces(num_blocks(num_samples, per_block));
+  std::vector<int64_t> wrong(pieces.size(), -1);
+  each_block(num_samples, per_block, [&](int64_t block, int64_t begin, int64_t end) {
+    LineGradient* out = all + in.offsets[begin * in.num_features];
+    pieces[block] = {out, kernels().line_gradients(encoder, in, begin, end, out, wrong[block])};
+  });
+  for (const int64_t lookup : wrong) {
+    if (lookup >= 0) refuse(in, lookup);
   }
-
-  const std::vector<LineGroups::Piece>& pieces() const { return pieces_; }
-
- private:
-  std::unique_ptr<LineGradient[]> all_;
-  std::vector<LineGroups::Piece> pieces_;
-};
-
-// The sums are one thread's: they have the same bits for any number of them.
-std::tuple<Tensor, Tensor> add_up(const LineGroups& groups, int64_t num_lines) {
-  int64_t total = 0;
-  for (const LineGroups::Piece& piece : groups.pieces()) total += piece.size;
-  WeightSums<kLineWeights> sums(num_lines, total, groups.most());
-  for (const LineGroups::Piece& piece : groups.pieces()) {
-    kernels().add_to_lines(piece.begin, piece.size, sums.places(), sums.sums());
-    if (groups.are_apart()) sums.forget_places();
-  }
-  return sums.by_row();
+  return pieces;
 }
 
 std::tuple<Tensor, Tensor> factor_gradients_cpu(const Tensor& grad, const Tensor& table,
@@ -129,8 +108,17 @@ std::tuple<Tensor, Tensor> factor_gradients_cpu(const Tensor& grad, const Tensor
   check_shards(in.shards, in.num_ids, shards_held);
   if (in.num_ids == 0 && rows.numel() > 0) refuse(in, 0);
   const LineEncoder encoder(shards_held, weights_per_shard, static_cast<int>(num_hashes));
-  const LinePieces found(encoder, in, grad.size(0) / in.num_features);
-  return add_up(LineGroups(found.pieces(), encoder.num_lines()), encoder.num_lines());
+  const std::unique_ptr<LineGradient[]> all(new LineGradient[rows.numel()]);
+  const auto in_parallel = [](int64_t tasks, const auto& run) {
+    each_block(tasks, 1, [&](int64_t task, int64_t, int64_t) { run(task); });
+  };
+  const LineSums sums(kernels(),
+                      line_pieces(encoder, in, grad.size(0) / in.num_features, all.get()),
+                      encoder.num_lines(), in_parallel);
+  Tensor lines = empty_cpu<1>({sums.size()}, aoti_torch_dtype_int64());
+  Tensor grads = empty_cpu<2>({sums.size(), kLineWeights}, aoti_torch_dtype_float32());
+  sums.write(lines.mutable_data_ptr<int64_t>(), grads.mutable_data_ptr<float>(), in_parallel);
+  return {lines, grads};
 }
 
 }  // namespace

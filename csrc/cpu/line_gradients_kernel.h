@@ -92,7 +92,7 @@ int64_t line_gradients(const LineEncoder& encoder, const ScaledRows& in, int64_t
   return run(encoder, in, first, last, out, wrong);
 }
 
-void add_to_lines(const LineGradient* added, int64_t size, RowPlaces& places_in, float* sums) {
+void place_lines(LineGradient* added, int64_t size, RowPlaces& places_in) {
   constexpr int64_t kAhead = 16;
   RowPlaces places = places_in;  // in registers
   const auto ask = [&](int64_t i) __attribute__((always_inline)) {
@@ -102,7 +102,18 @@ void add_to_lines(const LineGradient* added, int64_t size, RowPlaces& places_in,
   for (int64_t i = 0; i < size; ++i) {
     ask(i + kAhead);
     bool is_new;
-    float* line = sums + places.find(added[i].line, is_new) * kLineWeights;
+    added[i].line = static_cast<int32_t>(places.find(added[i].line, is_new));
+  }
+  places_in = places;
+}
+
+int64_t add_to_lines(const LineGradient* added, int64_t size, int64_t seen_in, float* sums) {
+  auto seen = static_cast<int32_t>(seen_in);
+  for (int64_t i = 0; i < size; ++i) {
+    float* line = sums + added[i].line * int64_t{kLineWeights};
+    // Places are given in the order of first hits. No condition, as in RowPlaces.
+    const bool is_new = added[i].line == seen;
+    seen += is_new;
     LineBits before;
     std::memcpy(&before, line, sizeof(before));
     before &= is_new ? 0u : ~0u;
@@ -112,7 +123,7 @@ void add_to_lines(const LineGradient* added, int64_t size, RowPlaces& places_in,
     const Floats after = reinterpret_cast<Floats>(before) + reinterpret_cast<Floats>(bits);
     std::memcpy(line, &after, sizeof(after));
   }
-  places_in = places;
+  return seen;
 }
 
 }  // namespace

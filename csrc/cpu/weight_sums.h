@@ -17,29 +17,19 @@ template <int kPerRow>
 class WeightSums {
  public:
   // At most `most` times something is added.
-  WeightSums(int64_t num_rows, int64_t most) : WeightSums(num_rows, most, most) {}
-
-  // At most `most_at_once` times before `forget_places`.
-  WeightSums(int64_t num_rows, int64_t most, int64_t most_at_once)
+  WeightSums(int64_t num_rows, int64_t most)
       : rows_(empty_cpu<1>({std::min(num_rows, most)}, aoti_torch_dtype_int64())),
         sums_(empty_cpu<2>({std::min(num_rows, most), kPerRow}, aoti_torch_dtype_float32())),
-        slots_(2 * std::bit_ceil(static_cast<uint64_t>(std::min(num_rows, most_at_once)) + 1),
+        slots_(2 * std::bit_ceil(static_cast<uint64_t>(std::min(num_rows, most)) + 1),
                RowPlaces::kFree),
         places_{slots_.data(), slots_.size() - 1, rows_.template mutable_data_ptr<int64_t>(), 0} {}
-
-  float* sums() { return sums_.template mutable_data_ptr<float>(); }
-
-  RowPlaces& places() { return places_; }
-
-  // Rows that were hit will not be hit again.
-  void forget_places() { std::fill(slots_.begin(), slots_.end(), RowPlaces::kFree); }
 
   // Adds a gradient to that of a weight of a row.
   void add(int32_t row, int weight, float gradient) {
     bool is_new;
-    float* sums = this->sums() + places_.find(row, is_new) * kPerRow;
-    if (is_new) std::fill_n(sums, kPerRow, 0.0f);
-    sums[weight] += gradient;
+    float* of_row = sums_.template mutable_data_ptr<float>() + places_.find(row, is_new) * kPerRow;
+    if (is_new) std::fill_n(of_row, kPerRow, 0.0f);
+    of_row[weight] += gradient;
   }
 
   // The rows that were added to, and their gradients, [rows, kPerRow].

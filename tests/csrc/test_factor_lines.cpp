@@ -2,10 +2,12 @@
 // factor_lines.h, which CUDA runs.
 #include <algorithm>
 #include <bit>
+#include <map>
 #include <random>
+#include <thread>
 #include <vector>
 
-#include "cpu/line_groups.h"
+#include "cpu/line_sums.h"
 #include "factor_lines.h"
 #include "sketch.h"
 
@@ -47,28 +49,6 @@ void test_keys_have_a_weight_in_each_part(std::mt19937_64& random) {
   }
 }
 
-// Weights that a batch has hit, in the order of their lines' first hits.
-void check_sums(const RowPlaces& places, const std::vector<float>& sums,
-                const std::vector<LineGradient>& added) {
-  std::vector<int64_t> first_hits;
-  for (const LineGradient& one : added) {
-    if (std::find(first_hits.begin(), first_hits.end(), one.line) == first_hits.end()) {
-      first_hits.push_back(one.line);
-    }
-  }
-  CHECK(places.size == static_cast<int64_t>(first_hits.size()));
-  for (int64_t place = 0; place < places.size; ++place) {
-    CHECK(places.rows[place] == first_hits[place]);
-    for (int j = 0; j < kLineWeights; ++j) {
-      float sum = 0;
-      for (const LineGradient& one : added) {
-        if (one.line == first_hits[place] && (one.mask >> j & 1u)) sum += one.gradient;
-      }
-      CHECK(sums[place * kLineWeights + j] == sum);
-    }
-  }
-}
-
 void test_kernels_match(const Kernels& kernels, std::mt19937_64& random) {
   for (int step = 0; step < 300; ++step) {
     const int64_t held = 1 + random() % 5, lines = 1 + random() % (step % 2 == 0 ? 3 : 200);
@@ -79,7 +59,6 @@ void test_kernels_match(const Kernels& kernels, std::mt19937_64& random) {
     for (float& weight : weights) weight = static_cast<float>(random() % 4096) / 1024;
     kernels.key_factors(encoder, in.keys.data(), in.shards.data(), size, weights.data(),
                         factors.data());
-    std::vector<LineGradient> added;
     for (int64_t i = 0; i < size; ++i) {
       if (in.shards[i] < 0) {
         CHECK(factors[i] == 1);
@@ -89,14 +68,7 @@ void test_kernels_match(const Kernels& kernels, std::mt19937_64& random) {
       const int64_t line = encoder.line(hash, in.shards[i]);
       const uint32_t mask = encoder.weights(in.keys[i], hash);
       CHECK(factors[i] == sum_of_line(weights.data() + line * kLineWeights, mask));
-      added.push_back({static_cast<int32_t>(line), mask, in.gradients[i]});
     }
-    std::vector<float> sums(500 * kLineWeights, -7);
-    std::vector<RowPlaces::Slot> slots(1024, RowPlaces::kFree);
-    std::vector<int64_t> rows(500);
-    RowPlaces places{slots.data(), slots.size() - 1, rows.data(), 0};
-    kernels.add_to_lines(added.data(), static_cast<int64_t>(added.size()), places, sums.data());
-    check_sums(places, sums, added);
   }
 }
 
@@ -156,32 +128,52 @@ void test_gradients_are_of_wanted_rows(const Kernels& kernels, std::mt19937_64& 
   }
 }
 
-void test_groups_are_of_neighbours(std::mt19937_64& random) {
-  for (const int64_t size : {0, 5, 20'000, 300'000}) {
-    const int64_t num_lines = 1 + random() % 100'000;
+void on_threads(int64_t tasks, const auto& run) {
+  constexpr int64_t kThreads = 4;
+  std::vector<std::thread> threads;
+  for (int64_t thread = 0; thread < kThreads; ++thread) {
+    threads.emplace_back([&run, thread, tasks] {
+      for (int64_t task = thread; task < tasks; task += kThreads) run(task);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// The sums by line of what is added, in its order.
+std::map<int64_t, std::vector<float>> sums_of(const std::vector<LineGradient>& added) {
+  std::map<int64_t, std::vector<float>> sums;
+  for (const LineGradient& one : added) {
+    std::vector<float>& line = sums.try_emplace(one.line, kLineWeights, 0.0f).first->second;
+    for (int j = 0; j < kLineWeights; ++j) line[j] += (one.mask >> j & 1u) ? one.gradient : 0.0f;
+  }
+  return sums;
+}
+
+void test_sums_are_those_of_one_thread(const Kernels& kernels, std::mt19937_64& random) {
+  for (const int64_t size : {0, 1, 500, 20'000, 100'000}) {
+    const int64_t num_lines = 1 + random() % (size % 3 == 0 ? 7 : 90'000);
     std::vector<LineGradient> added(size);
-    for (int64_t i = 0; i < size; ++i) {
-      added[i] = {static_cast<int32_t>(random() % num_lines), 1, static_cast<float>(i)};
+    for (LineGradient& one : added) {
+      one = {static_cast<int32_t>(random() % num_lines), static_cast<uint32_t>(random() & 0xffffu),
+             static_cast<float>(random() % 1000) / 7 - 70};
     }
-    const int64_t half = size / 2;
-    const LineGroups groups({{added.data(), half}, {added.data() + half, size - half}}, num_lines);
-    int64_t found = 0, most = 0;
-    int32_t last_line = -1;
-    for (const LineGroups::Piece& piece : groups.pieces()) {
-      int32_t first = last_line, largest = last_line;
-      float before = -1;
-      for (int64_t i = 0; i < piece.size; ++i, ++found) {
-        CHECK(!groups.are_apart() || piece.begin[i].line > first);
-        CHECK(piece.begin[i].gradient > before || !groups.are_apart());
-        before = piece.begin[i].gradient;
-        largest = std::max(largest, piece.begin[i].line);
-      }
-      most = std::max(most, piece.size);
-      last_line = largest;
+    const std::map<int64_t, std::vector<float>> expected = sums_of(added);
+    const int64_t third = size / 3;  // of three pieces, one may be empty
+    const LineSums sums(
+        kernels,
+        {{added.data(), third}, {added.data() + third, 0}, {added.data() + third, size - third}},
+        num_lines, [](int64_t tasks, const auto& run) { on_threads(tasks, run); });
+    CHECK(sums.size() == static_cast<int64_t>(expected.size()));
+    std::vector<int64_t> lines(sums.size());
+    std::vector<float> weights(sums.size() * kLineWeights, -7);
+    sums.write(lines.data(), weights.data(),
+               [](int64_t tasks, const auto& run) { on_threads(tasks, run); });
+    for (int64_t at = 0; at < sums.size(); ++at) {
+      const std::vector<float>& line = expected.at(lines[at]);
+      CHECK(std::equal(line.begin(), line.end(), weights.data() + at * kLineWeights));
     }
-    CHECK(found == size);
-    CHECK(groups.most() == (groups.are_apart() ? most : size));
-    CHECK(size < 20'000 || num_lines < 100 || groups.are_apart());
+    std::sort(lines.begin(), lines.end());
+    CHECK(std::adjacent_find(lines.begin(), lines.end()) == lines.end());
   }
 }
 
@@ -190,10 +182,10 @@ void test_groups_are_of_neighbours(std::mt19937_64& random) {
 int main() {
   std::mt19937_64 random(3);
   test_keys_have_a_weight_in_each_part(random);
-  test_groups_are_of_neighbours(random);
   for (const Kernels* kernels : all_kernels()) {
     test_kernels_match(*kernels, random);
     test_gradients_are_of_wanted_rows(*kernels, random);
+    test_sums_are_those_of_one_thread(*kernels, random);
   }
   std::puts("ok");
   return 0;
