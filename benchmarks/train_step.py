@@ -350,10 +350,9 @@ def main() -> None:
     device = torch.device(options.device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    ids = draw_ids(cases)
+    ids, layers = draw_ids(cases), LAYERS[options.layers]
     rows: list[Row] = []
     for case in tqdm(cases, desc="cases"):
-        layers = LAYERS[options.layers]
         rows += measure(case, kinds, ids, device, layers=layers, quick=options.quick)
         gc.collect()  # models are full of cycles, and the next case needs the memory
     print_rows([row for row in rows if row.name.count("/") == 1])

@@ -74,16 +74,6 @@ struct ScaledRows {
   int64_t num_features;
   int64_t num_bags;
   int64_t size;
-
-  // The bag of a row: any, where the offsets do not ascend.
-  __device__ int64_t bag_of(int64_t m) const {
-    int64_t begin = 0, end = num_bags;
-    while (end - begin > 1) {
-      const int64_t middle = (begin + end) / 2;
-      (offsets[middle] <= m ? begin : end) = middle;
-    }
-    return begin;
-  }
 };
 
 // A warp a row. What teaches nothing has the line after the last, and gradient 0.
@@ -92,7 +82,7 @@ __global__ void gradients_kernel(ScaledRows<T> in, Keys keys, LineEncoder encode
                                  int64_t* __restrict__ lines, float* __restrict__ grads) {
   const int lane = threadIdx.x % kWarp;
   for (int64_t m = first_index() / kWarp; m < in.size; m += index_stride() / kWarp) {
-    const int64_t bag = in.bag_of(m);
+    const int64_t bag = part_of(in.offsets, in.num_bags, m);
     const int64_t id = in.source[m], row = in.rows[m];
     const bool learns = in.features[bag % in.num_features] >= 0 && keys.has_weights(id) &&
                         row >= 0 && row < in.num_rows;

@@ -55,4 +55,16 @@ __device__ inline int64_t first_index() {
 
 __device__ inline int64_t index_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
+// Which of `count` > 0 parts element i is in: the last that begins at or before i. Any, where the
+// offsets do not ascend.
+__device__ inline int64_t part_of(const int64_t* offsets, int64_t count, int64_t i) {
+  int64_t low = 0;
+  int64_t high = count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (offsets[middle] <= i ? low : high) = middle;
+  }
+  return low;
+}
+
 }  // namespace torchrec_cafe

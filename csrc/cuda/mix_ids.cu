@@ -10,18 +10,13 @@ __global__ void mix_ids_kernel(const int64_t* __restrict__ ids, int64_t num_ids,
                                const int64_t* __restrict__ sizes, int64_t num_features,
                                unsigned long long* out_of_range, int64_t* __restrict__ mixed) {
   for (int64_t i = first_index(); i < num_ids; i += index_stride()) {
-    int64_t low = 0;  // the feature of i: the last whose offset is <= i
-    int64_t high = num_features;
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (offsets[middle] <= i ? low : high) = middle;
-    }
-    const int64_t n = sizes[low];
+    const int64_t feature = part_of(offsets, num_features, i);
+    const int64_t n = sizes[feature];
     if (n == 0) {
       mixed[i] = ids[i];
     } else if (ids[i] < 0 || ids[i] >= n) {
       mixed[i] = mix_id(0, n);
-      atomicAdd(out_of_range + low, 1ULL);
+      atomicAdd(out_of_range + feature, 1ULL);
     } else {
       mixed[i] = mix_id(ids[i], n);
     }

@@ -40,7 +40,6 @@ _OF_TBE = frozenset(
 _KNOWN = {*_OF_CALL, *_OF_OPTIMIZER, *_OF_TBE, "host_weights", "indice_weights"}
 
 
-@functools.cache
 def cpu_update(optimizer: EmbOptimType) -> Operator | None:
     """FBGEMM's operator of an optimizer's step on a CPU.
 
@@ -183,16 +182,14 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         return list(self._views.views)
 
     @functools.cached_property
-    def _owner_names(self) -> tuple[str, ...]:
+    def _owner_places(self) -> tuple[tuple[dict[str, Any], str], ...]:
+        """Which of the module's dictionaries each owner is in, and its name there."""
         where = "dev" if self.current_device.type == "cuda" else "host"
         has_state = self.optimizer != EmbOptimType.EXACT_SGD
-        return (f"weights_{where}", *([f"momentum1_{where}"] if has_state else []))
-
-    @functools.cached_property
-    def _owner_places(self) -> tuple[tuple[dict[str, Any], str], ...]:
+        names = (f"weights_{where}", *([f"momentum1_{where}"] if has_state else []))
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
-        return tuple((parameters if n in parameters else buffers, n) for n in self._owner_names)
+        return tuple((parameters if name in parameters else buffers, name) for name in names)
 
     def _owners(self) -> tuple[Tensor, ...]:
         """The tensors whose memory the physical table and its first state are in."""

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.hot_rows import HotRowPool
-from torchrec_cafe.tables.rows import BagRows, RowLookup, SharedRows
+from torchrec_cafe.tables.rows import BagRows, RowLookup, SharedRows, on_gradient
 from torchrec_cafe.tables.state import ShardedState
 from torchrec_cafe.tables.touched import TouchedRows
 
@@ -81,7 +81,7 @@ class CompressedBags(nn.Module):
             self.touched.mark(found.rows)
         pooled = self.tbe.pool(found.rows, found.offsets, found.factors)
         if found.learn is not None and pooled.requires_grad:
-            pooled.register_hook(found.learn)
+            on_gradient(pooled, found.learn)
         return pooled
 
     def settle(self) -> None:

@@ -27,7 +27,14 @@ from torchrec_cafe.ops import (
 )
 from torchrec_cafe.ops.bloom import WEIGHTS_PER_ROW
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
-from torchrec_cafe.tables.rows import BagRows, RowLookup, TableLayout, by_id, feature_starts
+from torchrec_cafe.tables.rows import (
+    BagRows,
+    RowLookup,
+    TableLayout,
+    by_id,
+    feature_starts,
+    on_gradient,
+)
 from torchrec_cafe.tables.state import ShardedState
 from torchrec_cafe.tables.weights import WeightTable
 
@@ -160,14 +167,13 @@ class MemRecRows(MemRecLookup):
         tables = self._tables.repeat_interleave(starts.diff(), dim=0, output_size=size)
         return _Bags(ids, torch.arange(size + 1, device=ids.device), tables)
 
-    @torch.no_grad()
     def _learn(self, grad: Tensor, bags: _Bags, weights: Tensor | None) -> None:
         """Train the weights, before FBGEMM changes the rows that they were multiplied with."""
         if len(bags.tables) == 0:  # a rank may have none of the ids
             return
         (tbe,) = self._tbe
         rows, grads = bloom_weigh_backward(
-            grad.float().contiguous(),
+            grad,
             tbe.split_embedding_weights()[-1],
             *bags,
             **self._layout.both_bits,
@@ -252,7 +258,7 @@ class MemRecSamples(MemRecLookup):
         scales = sum_weights(self.weights.table, hit)
         if torch.is_grad_enabled():
             scales.requires_grad_()
-            scales.register_hook(lambda grad: self._learn(grad, hit))
+            on_gradient(scales, lambda grad: self._learn(grad, hit))
         return BagRows(found.bits, found.offsets, None, scales=scales)
 
     def unpooled(self, ids: Tensor, offsets: Tensor) -> BagRows:
@@ -263,7 +269,6 @@ class MemRecSamples(MemRecLookup):
         """
         raise ValueError("MemRec(per='sample') has no vectors of ids; use MemRec(per='token')")
 
-    @torch.no_grad()
     def _learn(self, grad: Tensor, hit: BitsOfSamples) -> None:
         """Train the weights: each has the gradient of its samples' factors."""
         (tbe,) = self._tbe

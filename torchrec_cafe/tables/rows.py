@@ -88,7 +88,7 @@ class BagRows(NamedTuple):
         offsets: int64 ``[B * bags_per_sample + 1]``, where each bag starts in ``rows``.
         factors: float32 ``[M]``, what each row is multiplied by; ``None``: all one.
         learn: called in backward with the gradient of the pooled bags, before the rows are updated;
-            has no gradient of its own. ``None``: nothing is learned from it.
+            see :func:`on_gradient`. ``None``: nothing is learned from it.
         scales: float32 ``[B]``, goes out as one more column of each sample; ``None``: none does.
     """
 
@@ -97,6 +97,21 @@ class BagRows(NamedTuple):
     factors: Tensor | None
     learn: Callable[[Tensor], None] | None = None
     scales: Tensor | None = None
+
+
+def on_gradient(tensor: Tensor, learn: Callable[[Tensor], None]) -> None:
+    """Have something learned from a tensor's gradient; what is done then has no gradient itself.
+
+    Args:
+        tensor: requires a gradient.
+        learn: called in backward with the gradient, float32 and contiguous.
+    """
+
+    def hook(grad: Tensor) -> None:
+        with torch.no_grad():  # as a decorator it would be made anew in every step
+            learn(grad.float().contiguous())
+
+    tensor.register_hook(hook)
 
 
 def feature_starts(offsets: Tensor, num_features: int) -> Tensor:
@@ -296,28 +311,23 @@ class SharedRows(RowLookup):
         rows, offsets, _ = looked.found
         return BagRows(rows, offsets, looked.factors, learn if learns else None)
 
-    @torch.no_grad()
     def _learn(self, grad: Tensor, offsets: Tensor, looked: _Looked) -> None:
-        grad = grad.float().contiguous()
         pool = self.pool if self.training else None
         if pool is not None:
             pool.learn(grad, offsets, looked.batch, looked.given)
-        if self.factors is not None:
-            self._learn_factors(grad, looked, self._tracked, pool)
+        self._learn_factors(grad, looked, self._tracked, pool)
 
-    @torch.no_grad()
     def _learn_unpooled(self, grad: Tensor, samples: int, looked: _Looked) -> None:
-        grad = grad.float().contiguous()
         pool = self.pool if self.training else None
         if pool is not None:
             pool.learn_unpooled(grad, samples, looked.batch)
-        if self.factors is not None:
-            self._learn_factors(grad, looked, self._all, pool)
+        self._learn_factors(grad, looked, self._all, pool)
 
     def _learn_factors(
         self, grad: Tensor, looked: _Looked, features: Tensor, pool: HotRowPool | None
     ) -> None:
-        assert self.factors is not None
+        if self.factors is None:
+            return
         # Outside of training no steps are counted: all ids learn.
         passes = pool is not None and pool.steps % HOT_FACTOR_STEPS
         shards = looked.batch.cold_shards if passes else looked.batch.shards
