@@ -9,7 +9,14 @@ from typing import Any
 
 from benchmarks.common import Row
 from benchmarks.quality_run import DATA, DONE
-from benchmarks.quality_variants import DEFAULT, MEM_REC_DEFAULT, VARIANTS, trained_as, variant
+from benchmarks.quality_variants import (
+    DEFAULT,
+    MEM_REC_DEFAULT,
+    VARIANTS,
+    trained_as,
+    trained_for_defaults,
+    variant,
+)
 
 #: share of Hash's AUC loss that the CAFE paper wins back on Criteo, by compression
 PAPER = {100.0: 0.81, 1000.0: 0.78, 10000.0: 0.56}
@@ -82,8 +89,16 @@ class Records:
         return [name for name in DATA if any(key[0] == name for key in self._cells)]
 
     def variants(self, data: str, *, ablation: bool) -> list[str]:
-        """Variants of a data set in the study's order, those made from arguments last."""
+        """Variants of a data set in the study's order, those made from arguments last.
+
+        Args:
+            data: the data set.
+            ablation: which variants: those compared with one other variant, or all others. The
+                latter leave out what has no name of its own and is trained for a default.
+        """
         found = {name for of, name, _ in self._keys() if of == data}
+        if not ablation:
+            found -= set(trained_for_defaults()) - set(VARIANTS)
         ordered = [*VARIANTS, *sorted(found - set(VARIANTS))]
         return [n for n in ordered if n in found and variant(n).ablation == ablation]
 

@@ -68,14 +68,18 @@ class _Clock:
     Attributes:
         steps: learned from; a host copy of the sketch's, for reading the tensor would synchronise.
         unsettled: whether a turn of settling is due.
+        samples: of the last batch.
+        growth: what an occurrence counts more after so many samples.
     """
 
-    __slots__ = ("steps", "unsettled")
+    __slots__ = ("growth", "samples", "steps", "unsettled")
 
     def __init__(self) -> None:
         """Begin."""
         self.steps = 0
         self.unsettled = False
+        self.samples = -1
+        self.growth = 1.0
 
 
 class HotRowPool(nn.Module, ShardedState):
@@ -125,12 +129,12 @@ class HotRowPool(nn.Module, ShardedState):
         hot_share = torch.zeros(2, dtype=torch.int64, device=tables.device)
         self.register_buffer("_hot_share", hot_share, persistent=False)
         self._clock = _Clock()
-        self._growths: dict[int, float] = {}
         interval = layout.kind.rebalance_interval
         # It divides the interval, so that every shard has its turn once in it.
         self._turn_steps = math.gcd(interval, TURN_STEPS)
         self._turns: dict[int, Tensor] = {}
         self._hot_rows: HotRows | None = None
+        self._counted = torch.ones(0)
 
     @property
     def sketch(self) -> SketchState:
@@ -210,8 +214,7 @@ class HotRowPool(nn.Module, ShardedState):
         features = self._features
         growth = self._growth((offsets.numel() - 1) // features.shape[0])
         if self.layout.kind.importance == "frequency":
-            ones = torch.ones_like(batch.keys, dtype=torch.float32)
-            counted = ones if weights is None else weights.abs()
+            counted = self._ones(len(batch.keys)) if weights is None else weights.abs()
             observe(self.sketch, batch.keys, batch.shards, counted, growth=growth)
         else:
             learn(
@@ -244,12 +247,17 @@ class HotRowPool(nn.Module, ShardedState):
             table are added up.
         """
         if self.layout.shards_held > 0:
-            importance = torch.ones_like(batch.keys, dtype=torch.float32)
-            if self.layout.kind.importance != "frequency":
-                importance = self._importance(grad, batch)
+            counts = self.layout.kind.importance == "frequency"
+            importance = self._ones(len(grad)) if counts else self._importance(grad, batch)
             growth = self._growth(samples)
             observe(self.sketch, batch.keys, batch.shards, importance, growth=growth)
         self._end_step(batch)
+
+    def _ones(self, count: int) -> Tensor:
+        """float32 ``[count]``."""
+        if self._counted.shape[0] < count or self._counted.device != self.tables.device:
+            self._counted = torch.ones(2 * count, device=self.tables.device)
+        return self._counted.narrow(0, 0, count)
 
     def _importance(self, grad: Tensor, batch: Remapped) -> Tensor:
         """The importance of ids that were not pooled, float32 ``[N]``; updates the means."""
@@ -270,12 +278,11 @@ class HotRowPool(nn.Module, ShardedState):
         Args:
             samples: of the whole batch, which every rank sees, so that all agree.
         """
-        growth = self._growths.get(samples)
-        if growth is None:
+        if samples != self._clock.samples:
             hot_rows = self.layout.num_shards * self.layout.rows.hot_rows_per_shard
-            growth = self.layout.kind.growth(samples * self._num_tracked / hot_rows)
-            self._growths[samples] = growth
-        return growth
+            self._clock.samples = samples
+            self._clock.growth = self.layout.kind.growth(samples * self._num_tracked / hot_rows)
+        return self._clock.growth
 
     def _end_step(self, batch: Remapped) -> None:
         clock = self._clock
