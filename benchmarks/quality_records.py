@@ -11,6 +11,7 @@ from benchmarks.common import Row
 from benchmarks.quality_run import DATA, DONE
 from benchmarks.quality_variants import (
     DEFAULT,
+    GRADIENT_NORM,
     MEM_REC_DEFAULT,
     VARIANTS,
     trained_as,
@@ -110,9 +111,9 @@ class Records:
         """All cells, those too that stand for others."""
         for data, name, compression in self._cells:
             yield data, name, compression
-            for default in (DEFAULT, MEM_REC_DEFAULT):
-                if compression > 1 and name == trained_as(default, compression):
-                    yield data, default, compression
+            for other in (DEFAULT, MEM_REC_DEFAULT, GRADIENT_NORM):
+                if compression > 1 and name == trained_as(other, compression):
+                    yield data, other, compression
 
     def values(self, data: str, name: str, compression: float, metric: str = "auc") -> BySeed:
         """A metric of the finished runs."""

@@ -28,8 +28,11 @@ _HEADINGS = {
     "log_loss": "Test log-loss, nats",
     "won_back": "Share of Hash's AUC loss that is won back",
     "ablation": "Changes to cafe: AUC less cafe's",
+    "default": f"Changes to {DEFAULT}: AUC less its",
     "drift": f"A day after the shift: AUC less {DEFAULT}'s",
 }
+
+_OF_CHANGES = ("ablation", "default", "drift")
 
 
 def summary(values: Sequence[float], form: str) -> str:
@@ -74,19 +77,26 @@ def _cell(records: Records, table: str, data: str, name: str, compression: float
     return _judged(text, f"≤ {RECOVERY:g}", met=statistics.fmean(over) <= RECOVERY)
 
 
+def _table_of_change(name: str) -> str:
+    changed = variant(name)
+    if changed.data:
+        return "drift"
+    return "default" if changed.baseline == DEFAULT else "ablation"
+
+
 def table_of(records: Records, table: str, data: str) -> list[list[str]]:
     """A table as rows of text, the header first; only the header if there is nothing to show.
 
     Args:
         records: of the study's runs.
-        table: ``auc``, ``log_loss``, ``won_back``, ``ablation`` or ``drift``.
+        table: ``auc``, ``log_loss``, ``won_back``, ``ablation``, ``default`` or ``drift``.
         data: of :data:`benchmarks.quality_run.DATA`.
     """
-    names = records.variants(data, ablation=table in ("ablation", "drift"))
+    names = records.variants(data, ablation=table in _OF_CHANGES)
     if table == "won_back":
         names = [name for name in names if name not in ("full", "hash")]
-    if table in ("ablation", "drift"):
-        names = [name for name in names if bool(variant(name).data) == (table == "drift")]
+    if table in _OF_CHANGES:
+        names = [name for name in names if _table_of_change(name) == table]
     compressions = records.compressions(data, names)
     rows = [["tables", *("full" if c == 1 else f"{c:g}×" for c in compressions)]]
     for name in names:
