@@ -26,8 +26,8 @@ from benchmarks.quality_run import Run, Study, read_records, write_record
 from benchmarks.quality_traces import FROZEN, read_trace, recalls
 from benchmarks.quality_variants import (
     BASELINE_CAFE,
-    GRADIENT_NORM,
     DEFAULT,
+    GRADIENT_NORM,
     VARIANTS,
     kernels,
     per_table,

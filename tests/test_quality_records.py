@@ -50,8 +50,11 @@ def test_cafe_as_it_comes_stands_for_another_variant_at_each_compression():
     runs = quality.plan_runs(["generator"], ["cafe_default"], [10, 100, 1000], 1)
     assert [run.variant for run in runs] == [
         "cafe:medium_fraction=0+importance=frequency+half_life=4000",
-        *["cafe:medium_fraction=0+num_weight_hashes=2+weight_fraction=0.6+importance=frequency"
-        "+half_life=4000"] * 2,
+        *[
+            "cafe:medium_fraction=0+num_weight_hashes=2+weight_fraction=0.6+importance=frequency"
+            "+half_life=4000"
+        ]
+        * 2,
     ]
     made = [{"data": r.data, "variant": r.variant, "compression": r.compression} for r in runs]
     records = Records([run | {"seed": 0, "status": "done", "auc": 0.7} for run in made])
