@@ -218,6 +218,8 @@ def _figures_of(records: Records, data: str, name: str, compression: float) -> I
         won = records.won_back(data, name, compression)
         target = records.target(data, name, compression)
         yield from figure("won_back", "share of hash's AUC loss", won, {}, target)
+    if name == GRADIENT_NORM:
+        yield from over(DEFAULT)
     if name == DEFAULT and records.judge:
         # Never negative, beyond the seeds' spread.
         yield from over("hash", -(spread(records.over(data, name, compression, "hash")) or 0.0))

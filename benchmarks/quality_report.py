@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from benchmarks.quality_records import PAPER, RECOVERY, Records, figures, spread
 from benchmarks.quality_run import BATCH_SIZE, DATA
 from benchmarks.quality_traces import plot_traces, trace_figures, trace_table
-from benchmarks.quality_variants import DEFAULT, VARIANTS, variant
+from benchmarks.quality_variants import DEFAULT, GRADIENT_NORM, VARIANTS, variant
 from examples.dlrm.report import command_output, machine
 from torchrec_cafe.config.text import as_text
 
@@ -31,8 +31,6 @@ _HEADINGS = {
     "default": f"Changes to {DEFAULT}: AUC less its",
     "drift": f"A day after the shift: AUC less {DEFAULT}'s",
 }
-
-_OF_CHANGES = ("ablation", "default", "drift")
 
 
 def summary(values: Sequence[float], form: str) -> str:
@@ -77,13 +75,6 @@ def _cell(records: Records, table: str, data: str, name: str, compression: float
     return _judged(text, f"≤ {RECOVERY:g}", met=statistics.fmean(over) <= RECOVERY)
 
 
-def _table_of_change(name: str) -> str:
-    changed = variant(name)
-    if changed.data:
-        return "drift"
-    return "default" if changed.baseline == DEFAULT else "ablation"
-
-
 def table_of(records: Records, table: str, data: str) -> list[list[str]]:
     """A table as rows of text, the header first; only the header if there is nothing to show.
 
@@ -92,11 +83,13 @@ def table_of(records: Records, table: str, data: str) -> list[list[str]]:
         table: ``auc``, ``log_loss``, ``won_back``, ``ablation``, ``default`` or ``drift``.
         data: of :data:`benchmarks.quality_run.DATA`.
     """
-    names = records.variants(data, ablation=table in _OF_CHANGES)
+    names = records.variants(data, ablation=table in ("ablation", "drift"))
     if table == "won_back":
         names = [name for name in names if name not in ("full", "hash")]
-    if table in _OF_CHANGES:
-        names = [name for name in names if _table_of_change(name) == table]
+    if table in ("ablation", "drift"):
+        names = [name for name in names if bool(variant(name).data) == (table == "drift")]
+    if table == "default":
+        names = [name for name in names if name == GRADIENT_NORM]
     compressions = records.compressions(data, names)
     rows = [["tables", *("full" if c == 1 else f"{c:g}×" for c in compressions)]]
     for name in names:

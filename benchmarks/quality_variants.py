@@ -255,6 +255,11 @@ VARIANTS = {
         text="Cafe as it comes: learned factors of ids from 50x on",
         cafe=(),
     ),
+    GRADIENT_NORM: Variant(
+        text="Cafe as it comes, but importance is the gradient's norm, and counts half after 16000 "
+        "bags per hot row",
+        cafe=(),
+    ),
     "cafe": Variant(
         text="Cafe without learned factors, with a half-life of 4000 bags per hot row: ids between "
         "hot and cold look up two shared rows"
@@ -286,12 +291,6 @@ VARIANTS = {
     ),
     "frequency": _ablation("importance is 1 per occurrence", "importance=frequency"),
     "no_decay": _ablation("scores never decay", "half_life=inf"),
-    GRADIENT_NORM: Variant(
-        text="Cafe as it comes, but importance is the gradient's norm, and counts half after 16000 "
-        "bags per hot row",
-        cafe=(),
-        ablation=True,
-    ),
     "fresh": Variant(
         text="Cafe as it comes, all scores set to zero when the last day begins",
         cafe=(),

@@ -102,6 +102,7 @@ def test_figures_and_tables_hold_cafe_to_its_targets():
     assert table == [
         ["tables", "100×", "10000×"],
         ["cafe_default", "84% ± 1% (2), target 81%: met", "-"],
+        ["gradient_norm", "86% (1)", ""],
         ["cafe", "84% ± 7% (2)", ""],
     ]
     assert table_of(study, "default", "generator")[1:] == [["gradient_norm", "+0.0010 (1)"]]
