@@ -11,7 +11,6 @@ from benchmarks.common import Row
 from benchmarks.quality_run import DATA, DONE
 from benchmarks.quality_variants import (
     DEFAULT,
-    GRADIENT_NORM,
     MEM_REC_DEFAULT,
     VARIANTS,
     trained_as,
@@ -111,9 +110,9 @@ class Records:
         """All cells, those too that stand for others."""
         for data, name, compression in self._cells:
             yield data, name, compression
-            for other in (DEFAULT, MEM_REC_DEFAULT, GRADIENT_NORM):
-                if compression > 1 and name == trained_as(other, compression):
-                    yield data, other, compression
+            for default in (DEFAULT, MEM_REC_DEFAULT):
+                if compression > 1 and name == trained_as(default, compression):
+                    yield data, default, compression
 
     def values(self, data: str, name: str, compression: float, metric: str = "auc") -> BySeed:
         """A metric of the finished runs."""
@@ -218,8 +217,6 @@ def _figures_of(records: Records, data: str, name: str, compression: float) -> I
         won = records.won_back(data, name, compression)
         target = records.target(data, name, compression)
         yield from figure("won_back", "share of hash's AUC loss", won, {}, target)
-    if name == GRADIENT_NORM:
-        yield from over(DEFAULT)
     if name == DEFAULT and records.judge:
         # Never negative, beyond the seeds' spread.
         yield from over("hash", -(spread(records.over(data, name, compression, "hash")) or 0.0))

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from benchmarks.quality_records import PAPER, RECOVERY, Records, figures, spread
 from benchmarks.quality_run import BATCH_SIZE, DATA
 from benchmarks.quality_traces import plot_traces, trace_figures, trace_table
-from benchmarks.quality_variants import DEFAULT, GRADIENT_NORM, VARIANTS, variant
+from benchmarks.quality_variants import DEFAULT, VARIANTS, variant
 from examples.dlrm.report import command_output, machine
 from torchrec_cafe.config.text import as_text
 
@@ -28,7 +28,6 @@ _HEADINGS = {
     "log_loss": "Test log-loss, nats",
     "won_back": "Share of Hash's AUC loss that is won back",
     "ablation": "Changes to cafe: AUC less cafe's",
-    "default": f"Changes to {DEFAULT}: AUC less its",
     "drift": f"A day after the shift: AUC less {DEFAULT}'s",
 }
 
@@ -80,7 +79,7 @@ def table_of(records: Records, table: str, data: str) -> list[list[str]]:
 
     Args:
         records: of the study's runs.
-        table: ``auc``, ``log_loss``, ``won_back``, ``ablation``, ``default`` or ``drift``.
+        table: ``auc``, ``log_loss``, ``won_back``, ``ablation`` or ``drift``.
         data: of :data:`benchmarks.quality_run.DATA`.
     """
     names = records.variants(data, ablation=table in ("ablation", "drift"))
@@ -88,8 +87,6 @@ def table_of(records: Records, table: str, data: str) -> list[list[str]]:
         names = [name for name in names if name not in ("full", "hash")]
     if table in ("ablation", "drift"):
         names = [name for name in names if bool(variant(name).data) == (table == "drift")]
-    if table == "default":
-        names = [name for name in names if name == GRADIENT_NORM]
     compressions = records.compressions(data, names)
     rows = [["tables", *("full" if c == 1 else f"{c:g}×" for c in compressions)]]
     for name in names:

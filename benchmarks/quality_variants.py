@@ -26,28 +26,13 @@ from torchrec_cafe.tables import HotRowPool
 _ABLATED = (100.0, 1000.0)
 #: arguments of Cafe in every variant that does not give them: ablations change one thing, and the
 #: one that they are compared with stays as it is when Cafe's defaults change
-BASELINE_CAFE = (
-    "num_weight_hashes=0",
-    "medium_fraction=0.3",
-    "half_life=4000",
-    "importance=gradient_norm",
-)
+BASELINE_CAFE = ("num_weight_hashes=0", "medium_fraction=0.3", "half_life=4000")
 #: Cafe and MEM-REC as they come: at each compression they are one of the variants
 DEFAULT = "cafe_default"
 MEM_REC_DEFAULT = "mem_rec_default"
-#: Cafe as it comes, but for the importance that the paper takes, and the memory that this needs
-GRADIENT_NORM = "gradient_norm"
-_FACTORS = "+num_weight_hashes=2+weight_fraction=0.6"
-_BY_COUNT = "importance=frequency+half_life=4000"
+_WITHOUT = "cafe:half_life=16000+medium_fraction=0"
 #: by weights of a factor
-_DEFAULTS = {
-    0: f"cafe:medium_fraction=0+{_BY_COUNT}",
-    2: f"cafe:medium_fraction=0{_FACTORS}+{_BY_COUNT}",
-}
-_BY_NORM = {
-    0: "cafe:half_life=16000+medium_fraction=0",
-    2: f"cafe:half_life=16000+medium_fraction=0{_FACTORS}",
-}
+_DEFAULTS = {0: _WITHOUT, 2: f"{_WITHOUT}+num_weight_hashes=2+weight_fraction=0.6"}
 #: by the share of the weights of tables of 16 columns
 _EQUAL_SHARE = 4 / 68
 _MEM_REC_DEFAULTS = {_EQUAL_SHARE: "mem_rec", 0.6: "mem_rec:weight_fraction=.6"}
@@ -135,12 +120,7 @@ def per_table(
     """
     pooled: dict[str, tc.Cafe] = {}
     for number, shape in enumerate(shapes):
-        own = tc.Cafe(
-            compression=compression * (1 + 1e-9 * number),
-            num_weight_hashes=0,
-            half_life=4000,
-            importance="gradient_norm",
-        )
+        own = tc.Cafe(compression=compression * (1 + 1e-9 * number), num_weight_hashes=0)
         if _fits(own, [shape]):
             pooled[shape.name] = own
     hashed = tc.Hash(compression=compression)
@@ -215,9 +195,8 @@ def trained_as(name: str, compression: float) -> str:
         name: of a variant.
         compression: of the runs.
     """
-    if name in (DEFAULT, GRADIENT_NORM):
-        names = _DEFAULTS if name == DEFAULT else _BY_NORM
-        return names[tc.Cafe(compression=compression).weight_hashes]
+    if name == DEFAULT:
+        return _DEFAULTS[tc.Cafe(compression=compression).weight_hashes]
     if name == MEM_REC_DEFAULT:
         return _MEM_REC_DEFAULTS[tc.MemRec(compression=compression).weight_share(row_bytes=64)]
     return name
@@ -253,11 +232,6 @@ VARIANTS = {
     "quotient_remainder": Variant(text="QuotientRemainder", kind="quotient_remainder"),
     DEFAULT: Variant(
         text="Cafe as it comes: learned factors of ids from 50x on",
-        cafe=(),
-    ),
-    GRADIENT_NORM: Variant(
-        text="Cafe as it comes, but importance is the gradient's norm, and counts half after 16000 "
-        "bags per hot row",
         cafe=(),
     ),
     "cafe": Variant(

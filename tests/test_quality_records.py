@@ -49,12 +49,9 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str):
 def test_cafe_as_it_comes_stands_for_another_variant_at_each_compression():
     runs = quality.plan_runs(["generator"], ["cafe_default"], [10, 100, 1000], 1)
     assert [run.variant for run in runs] == [
-        "cafe:medium_fraction=0+importance=frequency+half_life=4000",
-        *[
-            "cafe:medium_fraction=0+num_weight_hashes=2+weight_fraction=0.6+importance=frequency"
-            "+half_life=4000"
-        ]
-        * 2,
+        "cafe:half_life=16000+medium_fraction=0",
+        "cafe:half_life=16000+medium_fraction=0+num_weight_hashes=2+weight_fraction=0.6",
+        "cafe:half_life=16000+medium_fraction=0+num_weight_hashes=2+weight_fraction=0.6",
     ]
     made = [{"data": r.data, "variant": r.variant, "compression": r.compression} for r in runs]
     records = Records([run | {"seed": 0, "status": "done", "auc": 0.7} for run in made])
@@ -70,7 +67,6 @@ def test_what_stands_for_the_default_is_the_default(compression):
     default = tc.Cafe(compression=compression)
     weight_fraction = float(given.pop("weight_fraction", default.weight_fraction))
     assert weight_fraction == default.weight_fraction
-    assert given.pop("importance") == default.importance
     assert {name: float(value) for name, value in given.items()} == {
         "num_weight_hashes": default.weight_hashes,
         "medium_fraction": default.second_rows,

@@ -29,7 +29,7 @@ HASH = tc.Hash(compression=7)
 KINDS = {
     "cafe": CAFE,
     "multi_level": dataclasses.replace(CAFE, medium_fraction=0.3),
-    "gradient_norm": dataclasses.replace(CAFE, importance="gradient_norm", half_life=math.inf),
+    "frequency": dataclasses.replace(CAFE, importance="frequency", half_life=math.inf),
     "factors": dataclasses.replace(
         CAFE, medium_fraction=0.3, num_weight_hashes=3, weight_fraction=0.1
     ),

@@ -172,8 +172,9 @@ def _shared_table(sharding_type: str) -> None:
     module = sequences.collection({"t_big": 5000, "t_small": 12})
     module.embedding_configs()[0].feature_names.append("f_candidate")
     module = EmbeddingCollection(tables=module.embedding_configs(), device=torch.device("meta"))
-    kind = dataclasses.replace(models.KINDS["factors"], importance="gradient_norm")
-    constraint = tc.ParameterConstraints(table=kind, sharding_types=[sharding_type])
+    constraint = tc.ParameterConstraints(
+        table=models.KINDS["factors"], sharding_types=[sharding_type]
+    )
     model = sequences.sharded(module, dict.fromkeys(sequences.SIZES, constraint))
     seen = 0.0
     for batch in models.batches(10, 24, sequences.SIZES):

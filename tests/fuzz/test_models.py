@@ -33,7 +33,7 @@ MEM_REC = tc.MemRec(compression=3, num_hashes=2, num_weight_hashes=3, num_shards
 SAMPLES = tc.MemRec(compression=3, num_hashes=2, num_shards=4, per="sample")
 MEDIUM = dataclasses.replace(CAFE, medium_fraction=0.3)
 FACTORS = dataclasses.replace(MEDIUM, num_weight_hashes=2)
-NORMS = dataclasses.replace(CAFE, importance="gradient_norm")
+COUNTS = dataclasses.replace(CAFE, importance="frequency")
 LOOKAHEAD = tc.Lookahead(cache_fraction=0.05, min_slots=60)
 
 
@@ -48,7 +48,7 @@ def setups(folder: str) -> dict[str, Setup]:
         "medium, means": Setup(MEDIUM, pooling=MEAN, mode=NONE),
         "factors": Setup(FACTORS, weighted=True),
         "factors, strict": Setup(FACTORS, "table_wise", mode=FATAL, optimizer=sgd),
-        "gradient norms": Setup(NORMS, "table_wise", weighted=True),
+        "frequency": Setup(COUNTS, "table_wise", weighted=True),
         "hash": Setup(HASH, weighted=True, optimizer=sgd),
         "hash, strict means": Setup(HASH, "table_wise", pooling=MEAN, mode=FATAL),
         "quotient": Setup(QUOTIENT, precision=HALF),

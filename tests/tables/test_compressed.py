@@ -167,7 +167,7 @@ def test_every_id_reads_the_row_that_it_trains(batches):
 
 
 def test_importance_is_the_norm_of_the_bags_gradient_times_the_weight():
-    bags = make(importance="gradient_norm")
+    bags = make()
     pool = bags.pool
     assert pool is not None
     # Sample 0 has ids 3 and 17 with weights 1 and 3; sample 1 has id 3 with weight 1.
@@ -202,7 +202,7 @@ def test_evaluation_and_no_grad_do_not_learn():
 
 
 def test_non_finite_gradients_are_counted_and_skipped():
-    bags = make(EmbOptimType.EXACT_SGD, importance="gradient_norm")
+    bags = make(EmbOptimType.EXACT_SGD)
     assert bags.pool is not None
     step(bags, [3, 17], pull=float("nan"))
     assert bags.pool.statistics()["non_finite"] == 2
@@ -269,7 +269,7 @@ def test_both_rows_of_a_quotient_remainder_table_are_trained():
 
 
 def test_frequency_counts_weights_not_gradients():
-    bags = make()
+    bags = make(importance="frequency")
     assert bags.pool is not None
     step(bags, [3, 3, 17], pull=100.0)
     sketch = bags.pool.sketch

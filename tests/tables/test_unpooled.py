@@ -144,7 +144,7 @@ def definition(
 
 
 def test_importance_is_in_units_of_the_tables_mean_in_the_shard():
-    bags = shared.make(importance="gradient_norm", threshold=1e9)
+    bags = shared.make(threshold=1e9)
     assert bags.pool is not None
     state = SketchState(**{k: v.clone() for k, v in bags.pool.sketch.tensors().items()})
     norms = bags.pool.state_tensors()["sketch_norms"].clone()
@@ -163,7 +163,7 @@ def test_importance_is_in_units_of_the_tables_mean_in_the_shard():
 
 
 def test_frequency_counts_each_id():
-    bags = shared.make(threshold=1e9)
+    bags = shared.make(importance="frequency", threshold=1e9)
     assert bags.pool is not None
     for _ in range(2):
         bags.unpooled(torch.tensor(FIRST), torch.tensor([0, 6, 6])).sum().backward()

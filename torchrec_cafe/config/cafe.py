@@ -71,8 +71,8 @@ IMPORTANCE = ("gradient_norm", "frequency")
 class Cafe(TableKind):
     """Hot ids own a row, the others share hashed rows (CAFE, SIGMOD 2024).
 
-    A sketch of the ids' importance (HotSketch) decides which are hot, and keeps deciding as the
-    data drifts. All CAFE tables of a group (same dim, dtype, pooling) share one pool of hot
+    A sketch of gradient importance (HotSketch) decides which ids are hot, and keeps deciding as
+    the data drifts. All CAFE tables of a group (same dim, dtype, pooling) share one pool of hot
     rows and one sketch. Tables with equal kinds share one budget: small ones are kept whole
     within it, the rest goes to hot rows and shared rows.
 
@@ -94,9 +94,7 @@ class Cafe(TableKind):
         weight_fraction: share of the budget, after whole tables, that goes to these weights, if
             there are any, in (0, 1); less where too little would be left for rows.
         slots_per_hot_row: slots of the sketch per hot row, >= 1; more remember more candidates.
-        importance: of an occurrence, times its per-sample weight: ``"frequency"``, 1; or
-            ``"gradient_norm"``, the norm of the bag's gradient over the mean of its table's, which
-            takes a pass over the gradient and a longer ``half_life`` (16000), for it is noisy.
+        importance: ``"gradient_norm"`` (of the bag's gradient) or ``"frequency"``.
         threshold: smallest importance, in average occurrences, that earns a row; ``None`` gives
             the rows to the highest scores.
         hysteresis: a hot id keeps its row until its score is this far below the threshold,
@@ -117,10 +115,10 @@ class Cafe(TableKind):
     num_weight_hashes: int | None = None
     weight_fraction: float = 0.6
     slots_per_hot_row: float = 3.0
-    importance: str = "frequency"
+    importance: str = "gradient_norm"
     threshold: float | None = None
     hysteresis: float = 0.1
-    half_life: float = 4000.0
+    half_life: float = 16000.0
     rebalance_interval: int = 16
     num_shards: int | None = None
     pool: str = ""
