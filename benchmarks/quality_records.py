@@ -9,14 +9,7 @@ from typing import Any
 
 from benchmarks.common import Row
 from benchmarks.quality_run import DATA, DONE
-from benchmarks.quality_variants import (
-    DEFAULT,
-    MEM_REC_DEFAULT,
-    VARIANTS,
-    trained_as,
-    trained_for_defaults,
-    variant,
-)
+from benchmarks.quality_variants import DEFAULT, MEM_REC_DEFAULT, VARIANTS, trained_as, variant
 
 #: share of Hash's AUC loss that the CAFE paper wins back on Criteo, by compression
 PAPER = {100.0: 0.81, 1000.0: 0.78, 10000.0: 0.56}
@@ -68,6 +61,14 @@ def won_back(full: BySeed, hashed: BySeed, own: BySeed) -> list[float]:
     return [(own[seed] - hashed[seed]) / (full[seed] - hashed[seed]) for seed in seeds]
 
 
+def _defaults_of(name: str, compression: float) -> list[str]:
+    """The defaults whose runs, at a compression, are those of a variant."""
+    if compression <= 1:
+        return []
+    defaults = (DEFAULT, MEM_REC_DEFAULT)
+    return [default for default in defaults if name == trained_as(default, compression)]
+
+
 class Records:
     """What the runs of a study came to, by data set, variant, compression and seed.
 
@@ -94,11 +95,13 @@ class Records:
         Args:
             data: the data set.
             ablation: which variants: those compared with one other variant, or all others. The
-                latter leave out what has no name of its own and is trained for a default.
+                latter leave out what has no name of its own and stands for a default wherever it
+                was trained.
         """
         found = {name for of, name, _ in self._keys() if of == data}
         if not ablation:
-            found -= set(trained_for_defaults()) - set(VARIANTS)
+            cells = {(name, c) for of, name, c in self._cells if of == data}
+            found = {name for name, c in cells if not _defaults_of(name, c)} | found & set(VARIANTS)
         ordered = [*VARIANTS, *sorted(found - set(VARIANTS))]
         return [n for n in ordered if n in found and variant(n).ablation == ablation]
 
@@ -110,9 +113,8 @@ class Records:
         """All cells, those too that stand for others."""
         for data, name, compression in self._cells:
             yield data, name, compression
-            for default in (DEFAULT, MEM_REC_DEFAULT):
-                if compression > 1 and name == trained_as(default, compression):
-                    yield data, default, compression
+            for default in _defaults_of(name, compression):
+                yield data, default, compression
 
     def values(self, data: str, name: str, compression: float, metric: str = "auc") -> BySeed:
         """A metric of the finished runs."""

@@ -202,11 +202,6 @@ def trained_as(name: str, compression: float) -> str:
     return name
 
 
-def trained_for_defaults() -> tuple[str, ...]:
-    """The variants whose runs are those of a default, at some compression."""
-    return (*_DEFAULTS.values(), *_MEM_REC_DEFAULTS.values())
-
-
 def _with_default(arguments: Sequence[str]) -> tuple[str, ...]:
     given = {text.split("=")[0] for text in arguments}
     left = (text for text in BASELINE_CAFE if text.split("=")[0] not in given)

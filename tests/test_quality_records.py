@@ -81,6 +81,18 @@ def test_what_stands_for_mem_rec_as_it_comes_is_that(compression):
     assert float(text.removeprefix("weight_fraction=")) == default.weight_share(row_bytes=64)
 
 
+def test_what_stands_for_a_default_everywhere_is_not_listed_beside_it():
+    own = trained_as(MEM_REC_DEFAULT, 100.0)
+
+    def listed(*compressions: float) -> list[str]:
+        run = {"data": "generator", "variant": own, "seed": 0, "status": "done", "auc": 0.7}
+        records = Records([run | {"compression": c} for c in compressions])
+        return records.variants("generator", ablation=False)
+
+    assert listed(100.0, 1000.0) == [MEM_REC_DEFAULT]
+    assert listed(10.0, 100.0) == [MEM_REC_DEFAULT, own]  # at 10x the default is another
+
+
 def test_bytes_over_the_budget_are_named():
     sizes = {("full", 1.0): 1000, ("hash", 10.0): 100, ("cafe", 10.0): 101}
     found = [
