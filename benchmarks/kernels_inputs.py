@@ -239,6 +239,9 @@ def _factors(inputs: Inputs) -> dict[str, Call]:
     batch, n = inputs.batch, inputs.sizes.num_ids
     bags, dim = inputs.sizes.num_bags, inputs.sizes.dim
     line = 4 * ops.WEIGHTS_PER_LINE
+    of_rows = (4 * dim + 12 + 12 + 8 + line) * n
+    state, per_shard = inputs.state, inputs.weights.shape[1]
+    scaled = ops.ScaledRows(inputs.rows, inputs.lookups, batch.shards, per_shard, NUM_HASHES)
     options: dict[str, Any] = {"shape": tuple(inputs.weights.shape), "num_hashes": NUM_HASHES}
     return {
         "key_factors": Call(
@@ -253,6 +256,14 @@ def _factors(inputs: Inputs) -> dict[str, Call]:
                 features=inputs.features,
                 **options,
             ),
-            4 * bags * dim + 8 * bags + (4 * dim + 12 + 12 + 8 + line) * n,
+            4 * bags * dim + 8 * bags + of_rows,
+        ),
+        "learn_scaled": Call(
+            lambda m: m.learn_scaled(
+                *(state, inputs.norms, inputs.grad, inputs.offsets, batch, scaled),
+                features=inputs.features,
+            ),
+            4 * bags * dim + 16 * bags + of_rows + 12 * n + 128 * inputs.buckets_hit,
+            (*state.tensors().values(), inputs.norms),
         ),
     }

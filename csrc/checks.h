@@ -294,6 +294,20 @@ inline void check_factor_gradients(const Tensor& grad, const Tensor& table, cons
   STD_TORCH_CHECK(source.numel() == rows.numel(), "`source` must be as long as `rows`");
 }
 
+// What learn_scaled takes besides what learn and factor_gradients check.
+inline void check_learn_scaled(const Tensor& table, const Tensor& rows, const Tensor& bag_offsets,
+                               const Tensor& source, const Tensor& taught, const Tensor& norms,
+                               const Tensor& buckets, const Tensor& inflation,
+                               const Tensor& counters) {
+  const auto apart = [&](const Tensor& written, const char* name) {
+    check_apart(written, name, table, rows, bag_offsets, source, taught);
+  };
+  apart(norms, "norms");
+  apart(buckets, "buckets");
+  apart(inflation, "inflation");
+  apart(counters, "counters");
+}
+
 inline void check_bloom_union(const Tensor& ids, const Tensor& offsets, const Tensor& tables,
                               int64_t shards_held, int64_t bits_per_shard, int64_t num_hashes,
                               int64_t first_pair) {

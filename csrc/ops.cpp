@@ -20,6 +20,12 @@ STABLE_TORCH_LIBRARY(torchrec_cafe, m) {
       " Tensor features, Tensor(a!) norms, Tensor(b!) buckets, Tensor(c!) inflation,"
       " Tensor(d!) counters, float decay, float growth) -> ()");
   m.def(
+      "learn_scaled(Tensor grad, Tensor offsets, Tensor keys, Tensor shards, Tensor? weights,"
+      " Tensor features, Tensor(a!) norms, Tensor(b!) buckets, Tensor(c!) inflation,"
+      " Tensor(d!) counters, float decay, float growth, Tensor table, Tensor rows,"
+      " Tensor bag_offsets, Tensor source, Tensor taught, int weights_per_shard, int num_hashes)"
+      " -> (Tensor rows, Tensor grads)");
+  m.def(
       "rebalance(Tensor selected, Tensor(a!) buckets, Tensor(b!) owners, Tensor inflation,"
       " Tensor(c!) counters, float min_score, float hysteresis, int num_medium)"
       " -> (Tensor actions, Tensor new_keys)");

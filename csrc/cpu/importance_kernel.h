@@ -2,6 +2,8 @@
 // Part of kernels.cpp.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 
 namespace torchrec_cafe {
@@ -21,16 +23,35 @@ __attribute__((always_inline)) inline void ask_for_bags(const float* grad, int64
   }
 }
 
-void bag_norms(const float* grad, int64_t dim, const int64_t* columns, int64_t num_columns,
-               int64_t num_features, int64_t num_samples, float* norms, int64_t stride,
+// Reads a number of each cache line, for the sake of the processor's prefetcher: it runs far ahead
+// of a program that reads line after line.
+__attribute__((always_inline)) inline void read_lines(const float* begin, const float* end) {
+  uint32_t all = 0;
+  for (; begin < end; begin += kFloatsPerLine) {
+    uint32_t bits;
+    std::memcpy(&bits, begin, sizeof(bits));
+    all |= bits;
+  }
+  asm volatile("" ::"r"(all));  // or the compiler would see that nobody wants to know
+}
+
+void bag_norms(const BagGradients& in_in, int64_t first, int64_t last, float* norms, int64_t stride,
                NormSum* sums) {
-  const int64_t sample = num_features * dim;
-  const int64_t ahead = 1 + kBytesAhead / (1 + num_columns * dim * 4);
-  for (int64_t b = 0; b < num_samples; ++b, grad += sample) {
-    if (b + ahead < num_samples) ask_for_bags(grad + ahead * sample, dim, columns, num_columns);
-    for (int64_t c = 0; c < num_columns; ++c) {
-      const float norm = l2_norm(grad + columns[c] * dim, dim);
-      norms[c * stride + b] = norm;
+  const BagGradients in = in_in;  // in registers
+  const int64_t sample = in.num_features * in.dim;
+  const int64_t ahead = 1 + kBytesAhead / (1 + in.num_columns * in.dim * 4);
+  const float* grad = in.grad + first * sample;
+  const float* next = grad;
+  for (int64_t b = first; b < last; ++b, grad += sample) {
+    if (!in.reads_all && b + ahead < last) {
+      ask_for_bags(grad + ahead * sample, in.dim, in.columns, in.num_columns);
+    }
+    for (int64_t c = 0; c < in.num_columns; ++c) {
+      const float* bag = grad + in.columns[c] * in.dim;
+      if (in.reads_all) read_lines(next, bag);
+      next = bag + in.dim;
+      const float norm = l2_norm(bag, in.dim);
+      norms[c * stride + (b - first)] = norm;
       sums[c].add(norm);
     }
   }

@@ -84,6 +84,16 @@ struct ScaledRows {
   int64_t num_ids;
 };
 
+// The gradient of a batch's bags, of which those of some features are wanted.
+struct BagGradients {
+  const float* grad;  // [samples, num_features, dim]
+  int64_t dim;
+  int64_t num_features;
+  const int64_t* columns;  // the features that are wanted, ascending
+  int64_t num_columns;
+  bool reads_all;  // of what lies between them, too, as memory has it
+};
+
 // What a row adds to the gradient of some weights of a line.
 struct LineGradient {
   int32_t line;   // or its place, see place_lines
@@ -107,11 +117,10 @@ struct Kernels {
   void (*observe_owned)(const HotSketch& sketch, const Occurrences& seen, uint64_t groups,
                         Events* events);
 
-  // Norms of the bags of some samples, in the columns given: one column after the other, `stride`
-  // apart. They are added to `sums`, [num_columns].
-  void (*bag_norms)(const float* grad, int64_t dim, const int64_t* columns, int64_t num_columns,
-                    int64_t num_features, int64_t num_samples, float* norms, int64_t stride,
-                    NormSum* sums);
+  // Norms of the wanted bags of samples [first, last): one column after the other, `stride` apart.
+  // They are added to `sums`, [num_columns].
+  void (*bag_norms)(const BagGradients& in, int64_t first, int64_t last, float* norms,
+                    int64_t stride, NormSum* sums);
 
   // Importance of the occurrences of the bags of a feature: the norm of the bag, times the scale,
   // times the magnitude of the weight if there are weights.

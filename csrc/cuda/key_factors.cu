@@ -1,10 +1,8 @@
 // Learned factors of ids that a pool tracks: weights by key and shard, and what they learn from.
 #include <cuda_fp16.h>
 
-#include <optional>
-#include <tuple>
-
 #include "checks.h"
+#include "factor_gradients.cuh"
 #include "factor_lines.h"
 #include "launch.cuh"
 #include "rows.cuh"
@@ -108,6 +106,8 @@ __global__ void gradients_kernel(ScaledRows<T> in, Keys keys, LineEncoder encode
   }
 }
 
+}  // namespace
+
 // Lines come as often as they are hit: FBGEMM's own backward sorts and adds them up, in an order
 // that is always the same.
 std::tuple<Tensor, Tensor> factor_gradients_cuda(const Tensor& grad, const Tensor& table,
@@ -149,8 +149,6 @@ std::tuple<Tensor, Tensor> factor_gradients_cuda(const Tensor& grad, const Tenso
   }
   return {lines, grads};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
   m.impl("factor_gradients", TORCH_BOX(&factor_gradients_cuda));

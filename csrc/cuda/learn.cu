@@ -1,4 +1,5 @@
 #include "checks.h"
+#include "factor_gradients.cuh"
 #include "importance.h"
 #include "launch.cuh"
 #include "observe.cuh"
@@ -128,10 +129,29 @@ void learn_cuda(const Tensor& grad, const Tensor& offsets, const Tensor& keys, c
   observe_checked_cuda(keys, tracked, importance, buckets, inflation, counters, growth);
 }
 
+// Here the gradient is read twice: a warp a row and four threads a bag keep the device busy, and
+// one kernel of both would not.
+std::tuple<Tensor, Tensor> learn_scaled_cuda(
+    const Tensor& grad, const Tensor& offsets, const Tensor& keys, const Tensor& shards,
+    std::optional<Tensor> weights, const Tensor& features, const Tensor& norms,
+    const Tensor& buckets, const Tensor& inflation, const Tensor& counters, double decay,
+    double growth, const Tensor& table, const Tensor& rows, const Tensor& bag_offsets,
+    const Tensor& source, const Tensor& taught, int64_t weights_per_shard, int64_t num_hashes) {
+  check_learn(grad, offsets, keys, shards, weights, features, norms, buckets, inflation, counters);
+  check_learn_scaled(table, rows, bag_offsets, source, taught, norms, buckets, inflation, counters);
+  std::tuple<Tensor, Tensor> gradients =
+      factor_gradients_cuda(grad, table, rows, bag_offsets, source, keys, taught, weights, features,
+                            norms.size(0), weights_per_shard, num_hashes);
+  learn_cuda(grad, offsets, keys, shards, weights, features, norms, buckets, inflation, counters,
+             decay, growth);
+  return gradients;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(CAFE_NAMESPACE, CAFE_DEVICE, m) {
   m.impl("learn", TORCH_BOX(&learn_cuda));
+  m.impl("learn_scaled", TORCH_BOX(&learn_scaled_cuda));
 }
 
 }  // namespace torchrec_cafe

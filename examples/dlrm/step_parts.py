@@ -77,7 +77,7 @@ _PURPOSE = {
 _PURPOSE |= {
     OPERATOR + name: purpose
     for purpose, names in {
-        _SKETCH: ("observe", "rebalance", "learn", "move_rows"),
+        _SKETCH: ("observe", "rebalance", "learn", "learn_scaled", "move_rows"),
         _UPDATE: ("factor_gradients", "bloom_weigh_backward"),
         "embedding forward": ("key_factors", "bloom_weigh", "bloom_pool"),
     }.items()

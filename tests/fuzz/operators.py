@@ -90,11 +90,9 @@ def of_ids(generator: torch.Generator) -> dict[str, Call]:
     }
 
 
-def of_sketch(generator: torch.Generator) -> dict[str, Call]:
-    """Operators on the sketch, and on rows that change hands."""
+def of_learning(generator: torch.Generator) -> dict[str, Call]:
+    """Operators that learn from gradients."""
     state = sketch(generator).tensors()
-    keys = torch.randint(0, 20, (10,), generator=generator)
-    seen = {"keys": keys, "shards": (keys % SHARDS).int(), "importance": torch.rand(10)}
     batch = bags(generator, 3)
     size = len(batch["ids"])
     learned = {
@@ -107,14 +105,40 @@ def of_sketch(generator: torch.Generator) -> dict[str, Call]:
         "weights": torch.rand(size, generator=generator),
     }
 
-    def learn(**given: Any) -> None:
+    scaled = {
+        "table": torch.rand(NUM_ROWS, DIM, generator=generator),
+        "rows": torch.randint(0, NUM_ROWS, (size,), generator=generator),
+        "bag_offsets": batch["offsets"],
+        "source": torch.arange(size, dtype=torch.int32),
+        "taught": (batch["ids"] % (SHARDS + 1) - 1).int(),
+        "weights_per_shard": 32,
+        "num_hashes": 2,
+    }
+
+    def learn(**given: Any) -> Any:
         state = _state(given)
         nothing = torch.empty(0, dtype=torch.int64)
         remapped = ops.Remapped(
             nothing, nothing, nothing, given.pop("keys"), given.pop("shards"), nothing, nothing
         )
-        ops.learn(state, given.pop("norms"), given.pop("grad"), batch=remapped, **given)
+        first = state, given.pop("norms"), given.pop("grad"), given.pop("offsets"), remapped
+        if "table" not in given:
+            return ops.learn(*first, **given)
+        table, *found, taught, per_shard, hashes = (given.pop(name) for name in scaled)
+        rows = ops.ScaledRows(table, ops.Lookups(*found), taught, per_shard, hashes)
+        return ops.learn_scaled(*first, rows, **given)
 
+    return {
+        "learn": (learn, {**state, **learned}),
+        "learn_scaled": (learn, {**state, **learned, **scaled}),
+    }
+
+
+def of_sketch(generator: torch.Generator) -> dict[str, Call]:
+    """Operators on the sketch, and on rows that change hands."""
+    state = sketch(generator).tensors()
+    keys = torch.randint(0, 20, (10,), generator=generator)
+    seen = {"keys": keys, "shards": (keys % SHARDS).int(), "importance": torch.rand(10)}
     moves = {
         "selected": torch.arange(SHARDS),
         "actions": torch.randint(0, 4, (SHARDS, HOT), generator=generator).to(torch.int8),
@@ -129,7 +153,6 @@ def of_sketch(generator: torch.Generator) -> dict[str, Call]:
     tracked = torch.tensor([TABLES[0], TABLES[2]])
     return {
         "observe": (lambda **given: ops.observe(_state(given), **given), {**state, **seen}),
-        "learn": (learn, {**state, **learned}),
         "rebalance": (
             lambda **given: ops.rebalance(_state(given), **given),
             {**state, "selected": torch.arange(SHARDS), "num_medium": 2},
@@ -264,7 +287,8 @@ def of_slots(generator: torch.Generator, folder: Path) -> dict[str, Call]:
 def operators(seed: int, folder: Path) -> dict[str, Call]:
     """Every operator with good arguments."""
     generator = torch.Generator().manual_seed(seed)
-    parts = (of_ids(generator), of_sketch(generator), of_weights(generator))
+    makers = of_ids, of_learning, of_sketch, of_weights
+    parts = [make(generator) for make in makers]
     return {name: call for part in parts for name, call in part.items()} | of_slots(
         generator, folder
     )

@@ -6,6 +6,8 @@ On a GPU where there is one; and everywhere on the CPU, as fibers under several 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,13 +137,54 @@ def test_learning_is_the_same_on_both(device: Device):
         batch = ops.Remapped(empty[0], empty[0], empty[1], keys, shards, empty[1], empty[1])
         told = {"weights": weights if number % 2 else None, "features": features}
         options = {"decay": 0.9, "growth": 4.0}
-        ops.learn(cpu, norms, grad, offsets, batch, **told, **options)
-        batch = ops.Remapped(*map(device.put, batch))
-        told = {name: None if x is None else device.put(x) for name, x in told.items()}
-        given = norms_gpu, device.put(grad), device.put(offsets), batch
-        device.run(ops.learn, gpu, *given, **told, **options)
+        given = norms, grad, offsets, batch
+        given_gpu = (
+            *(norms_gpu, device.put(grad), device.put(offsets)),
+            ops.Remapped(*map(device.put, batch)),
+        )
+        told_gpu = {name: None if x is None else device.put(x) for name, x in told.items()}
+        if number:
+            ops.learn(cpu, *given, **told, **options)
+            device.run(ops.learn, gpu, *given_gpu, **told_gpu, **options)
+        else:
+            _learn_scaled(
+                device, (cpu, *given), (gpu, *given_gpu), told | options, told_gpu | options
+            )
         assert torch.equal(norms, norms_gpu.cpu())
         assert_same(cpu, gpu)
+
+
+def _learn_scaled(
+    device: Device,
+    given: tuple[Any, ...],
+    given_gpu: tuple[Any, ...],
+    options: dict[str, Any],
+    options_gpu: dict[str, Any],
+) -> None:
+    """On both; the gradients of the weights are the same but for the order of additions."""
+    _, _, grad, _, batch = given
+    num_bags, num_ids = len(grad), len(batch.keys)
+    generator = torch.Generator().manual_seed(0)
+    offsets = bags(num_bags, 3, generator)
+    count = int(offsets[-1])
+    found = ops.Lookups(
+        torch.randint(0, 50, (count,), generator=generator),
+        offsets,
+        torch.randint(0, num_ids, (count,), generator=generator, dtype=torch.int32),
+    )
+    table = torch.randn((50, grad.shape[1]), generator=generator)
+    taught = torch.where(torch.arange(num_ids) % 3 > 0, batch.shards, -1)
+    scaled = ops.ScaledRows(table, found, taught, 32, 3)
+    scaled_gpu = ops.ScaledRows(
+        device.put(table), ops.Lookups(*map(device.put, found)), device.put(taught), 32, 3
+    )
+    expected = ops.learn_scaled(*given, scaled, **options)
+    got = device.run(ops.learn_scaled, *given_gpu, scaled_gpu, **options_gpu)
+    sums = [
+        torch.zeros((33, 16)).index_add_(0, rows.cpu(), grads.cpu())
+        for rows, grads in (expected, got)
+    ]
+    torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
 def test_rows_of_a_pool_are_the_same_on_both(device: Device):

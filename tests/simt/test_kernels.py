@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -48,15 +49,18 @@ def remap(offsets: torch.Tensor = OFFSETS) -> ops.Remapped:
     return ops.remap(IDS, offsets, TABLES, hot_rows())
 
 
-def learn() -> None:
+def learn(*, scaled: bool = False) -> None:
     shards = (IDS % 16).int()
     batch = ops.Remapped(IDS, OFFSETS, IDS.int(), IDS, shards, IDS.int(), shards)
     norms = torch.zeros((16, 2, 2), dtype=torch.float64)
-    grad = torch.ones((len(OFFSETS) - 1, 8))
-    features = torch.tensor([0, 1])
-    ops.learn(
-        state(), norms, grad, OFFSETS, batch, features=features, weights=None, decay=0.9, growth=2.0
-    )
+    given = state(), norms, torch.ones((len(OFFSETS) - 1, 8)), OFFSETS, batch
+    options: dict[str, Any] = {"features": torch.tensor([0, 1]), "decay": 0.9, "growth": 2.0}
+    if not scaled:
+        ops.learn(*given, **options)
+        return
+    found = ops.Lookups(IDS % 50, OFFSETS, torch.arange(len(IDS)).int())
+    taught = (IDS % 17 - 1).int()
+    ops.learn_scaled(*given, ops.ScaledRows(torch.ones((50, 8)), found, taught, 32, 3), **options)
 
 
 def move_rows() -> None:
@@ -100,6 +104,7 @@ STEP: dict[str, Callable[[], object]] = {
     "remap": remap,
     "observe": lambda: ops.observe(state(), IDS, (IDS % 16).int(), torch.ones(len(IDS))),
     "learn": learn,
+    "learn_scaled": partial(learn, scaled=True),
     "rebalance": lambda: ops.rebalance(state(), torch.tensor([3]), num_medium=2),
     "move_rows": move_rows,
     "quotient_remainder": lambda: ops.quotient_remainder(IDS, OFFSETS, TABLES),

@@ -79,6 +79,25 @@ def test_an_update_is_that_of_a_backward_pass(optimizer: EmbOptimType, options: 
             assert torch.equal(tensor, expected)
 
 
+def test_a_learning_rate_that_is_shared_is_set_for_both():
+    rows, grads = torch.tensor([3]), torch.ones(1, 8)
+    leader, follower, alone = (row_ranges(optimizer=EmbOptimType.EXACT_SGD) for _ in range(3))
+    follower.update(rows, grads)
+    follower.share_learning_rate(leader)
+    leader.set_learning_rate(0.125)
+    assert follower.get_learning_rate() == 0.125
+    assert alone.get_learning_rate() != 0.125
+    before = follower.physical_tensors()[0].clone()
+    follower.update(rows, grads)
+    assert torch.equal(before - follower.physical_tensors()[0], _only(3, 0.125, before))
+
+
+def _only(row: int, value: float, like: torch.Tensor) -> torch.Tensor:
+    expected = torch.zeros_like(like)
+    expected[row] = value
+    return expected
+
+
 def test_an_update_takes_options_and_memory_that_have_changed():
     optimizer = EmbOptimType.EXACT_ROWWISE_ADAGRAD
     ours, fbgemm = (row_ranges(optimizer=optimizer) for _ in range(2))

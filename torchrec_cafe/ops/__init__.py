@@ -33,7 +33,7 @@ from torchrec_cafe.ops.key_factors import (
     factor_gradients,
     key_factors,
 )
-from torchrec_cafe.ops.learning import learn
+from torchrec_cafe.ops.learning import ScaledRows, learn, learn_scaled
 from torchrec_cafe.ops.pool_keys import PooledKeys, pool_keys
 from torchrec_cafe.ops.pool_rows import (
     Lookups,
@@ -103,6 +103,7 @@ __all__ = [
     "Moves",
     "PoolRows",
     "Remapped",
+    "ScaledRows",
     "SketchState",
     "add_second_rows",
     "bloom_pool",
@@ -114,6 +115,7 @@ __all__ = [
     "first_mixed_id",
     "key_factors",
     "learn",
+    "learn_scaled",
     "mix_ids",
     "move_rows",
     "observe",

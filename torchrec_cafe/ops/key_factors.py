@@ -116,23 +116,50 @@ def factor_gradients(  # noqa: PLR0913  what the backward pass of scaled rows ta
             *(grad, table, *found, keys, shards, given, features, *shape, num_hashes)
         )
     except RuntimeError as error:
-        if table.dtype not in (torch.float32, torch.float16):
-            raise TypeError(
-                f"{op}: `table` must be torch.float32 or torch.float16, got {table.dtype}"
-            ) from None
-        check_tensor(op, "table", table, table.dtype, (None, None))
-        check_tensor(op, "rows", found.rows, torch.int64, (None,))
-        check_tensor(op, "offsets", found.offsets, torch.int64, (None,))
-        check_tensor(op, "source", found.source, torch.int32, (found.rows.numel(),))
-        of_bags = (found.offsets.numel() - 1, table.shape[1])
-        check_tensor(op, "grad", grad, torch.float32, of_bags)
-        check_tensor(op, "features", features, torch.int64, (None,))
-        tensors = {"rows": found.rows, "source": found.source, "features": features}
-        if given is not None:
-            check_tensor(op, "given", given, torch.float32, tuple(keys.shape))
-            tensors["given"] = given
-        _check_keys(op, keys, shards, grad=grad, table=table, **tensors)
+        explain_factor_gradients(op, grad, table, found, keys, shards, features, given)
         raise value_error(op, error) from None
+
+
+def explain_factor_gradients(  # noqa: PLR0913  what the operator takes
+    op: str,
+    grad: Tensor,
+    table: Tensor,
+    found: Lookups,
+    keys: Tensor,
+    shards: Tensor,
+    features: Tensor,
+    given: Tensor | None,
+) -> None:
+    """Name the argument of :func:`factor_gradients` that an operator has refused.
+
+    Args:
+        op: the operator.
+        grad: as given; so are the others.
+        table: as given.
+        found: as given.
+        keys: as given.
+        shards: as given.
+        features: as given.
+        given: as given.
+
+    Raises:
+        TypeError: if it is a dtype.
+        ValueError: if it is a shape or a device; nothing is raised if it is a value.
+    """
+    if table.dtype not in (torch.float32, torch.float16):
+        raise TypeError(f"{op}: `table` must be torch.float32 or torch.float16, got {table.dtype}")
+    check_tensor(op, "table", table, table.dtype, (None, None))
+    check_tensor(op, "rows", found.rows, torch.int64, (None,))
+    check_tensor(op, "offsets", found.offsets, torch.int64, (None,))
+    check_tensor(op, "source", found.source, torch.int32, (found.rows.numel(),))
+    of_bags = (found.offsets.numel() - 1, table.shape[1])
+    check_tensor(op, "grad", grad, torch.float32, of_bags)
+    check_tensor(op, "features", features, torch.int64, (None,))
+    tensors = {"rows": found.rows, "source": found.source, "features": features}
+    if given is not None:
+        check_tensor(op, "given", given, torch.float32, tuple(keys.shape))
+        tensors["given"] = given
+    _check_keys(op, keys, shards, grad=grad, table=table, **tensors)
 
 
 def _check_keys(op: str, keys: Tensor, shards: Tensor, **others: Tensor) -> None:

@@ -84,7 +84,7 @@ class _Update:
 
     Args:
         update: of :func:`cpu_update`.
-        owners: the tensors that it changes, and the optimizer's options.
+        owners: the tensors that it changes, the optimizer's options, and its learning rate.
         arguments: in its order, whatever where a call gives them.
     """
 
@@ -225,6 +225,14 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
             feature_requires_grad=self._no_gradient if is_unneeded else None,
         )
 
+    def share_learning_rate(self, other: RowRangeTBE) -> None:
+        """Step at the learning rate of another TBE from now on, also when that is set anew.
+
+        Args:
+            other: on the same device.
+        """
+        self.learning_rate_tensor = other.learning_rate_tensor
+
     def update(self, rows: Tensor, grads: Tensor) -> None:
         """Let the optimizer step on rows, as the backward pass of a lookup of each would.
 
@@ -245,7 +253,8 @@ class RowRangeTBE(SplitTableBatchedEmbeddingBagsCodegen):
         options = self.optimizer_args
         if options.gradient_clipping:
             grads = grads.clamp(-options.max_gradient, options.max_gradient)
-        owners = *self._owners(), options  # FBGEMM puts other options in their place
+        # FBGEMM puts other options in their place.
+        owners = *self._owners(), options, self.learning_rate_tensor
         if self._update is None or not self._update.is_of(owners):
             self._update = _Update(update, owners, self._arguments(update))
         self._update(grads, rows, starts)

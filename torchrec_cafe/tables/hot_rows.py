@@ -20,8 +20,10 @@ from torchrec_cafe.ops import (
     Moves,
     PoolRows,
     Remapped,
+    ScaledRows,
     SketchState,
     learn,
+    learn_scaled,
     move_rows,
     observe,
     rebalance,
@@ -202,6 +204,11 @@ class HotRowPool(nn.Module, ShardedState):
         self._clock.steps = int(steps[0]) if steps.numel() else 0
         self._clock.unsettled = False
 
+    @property
+    def learns_from_gradients(self) -> bool:
+        """Whether the norm of a bag's gradient says how much its ids matter."""
+        return self.layout.kind.importance == "gradient_norm"
+
     def learn(self, grad: Tensor, offsets: Tensor, batch: Remapped, weights: Tensor | None) -> None:
         """Feed the sketch.
 
@@ -213,22 +220,49 @@ class HotRowPool(nn.Module, ShardedState):
         """
         features = self._features
         growth = self._growth((offsets.numel() - 1) // features.shape[0])
-        if self.layout.kind.importance == "frequency":
-            counted = self._ones(len(batch.keys)) if weights is None else weights.abs()
-            observe(self.sketch, batch.keys, batch.shards, counted, growth=growth)
-        else:
+        if self.learns_from_gradients:
             learn(
-                self.sketch,
-                self._norms,
-                grad,
-                offsets,
-                batch,
+                *(self.sketch, self._norms, grad, offsets, batch),
                 features=features,
                 weights=weights,
                 decay=NORM_DECAY,
                 growth=growth,
             )
+        else:
+            counted = self._ones(len(batch.keys)) if weights is None else weights.abs()
+            observe(self.sketch, batch.keys, batch.shards, counted, growth=growth)
         self._end_step(batch)
+
+    def learn_scaled(
+        self,
+        grad: Tensor,
+        offsets: Tensor,
+        batch: Remapped,
+        weights: Tensor | None,
+        scaled: ScaledRows,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`learn` from gradients, and what they mean for the weights that scaled the rows.
+
+        Args:
+            grad: as :meth:`learn` takes it.
+            offsets: as :meth:`learn` takes them.
+            batch: as :meth:`learn` takes it.
+            weights: as :meth:`learn` takes them.
+            scaled: the rows that were looked up.
+
+        Returns:
+            As :func:`torchrec_cafe.ops.factor_gradients`.
+        """
+        features = self._features
+        gradients = learn_scaled(
+            *(self.sketch, self._norms, grad, offsets, batch, scaled),
+            features=features,
+            weights=weights,
+            decay=NORM_DECAY,
+            growth=self._growth((offsets.numel() - 1) // features.shape[0]),
+        )
+        self._end_step(batch)
+        return gradients
 
     def learn_unpooled(self, grad: Tensor, samples: int, batch: Remapped) -> None:
         """Feed the sketch with ids that were not pooled: each has a gradient of its own.
@@ -247,8 +281,8 @@ class HotRowPool(nn.Module, ShardedState):
             table are added up.
         """
         if self.layout.shards_held > 0:
-            counts = self.layout.kind.importance == "frequency"
-            importance = self._ones(len(grad)) if counts else self._importance(grad, batch)
+            from_grad = self.learns_from_gradients
+            importance = self._importance(grad, batch) if from_grad else self._ones(len(grad))
             growth = self._growth(samples)
             observe(self.sketch, batch.keys, batch.shards, importance, growth=growth)
         self._end_step(batch)

@@ -117,6 +117,7 @@ class MemRecLookup(RowLookup, ABC):
             device=tbe.current_device,
             fused_params=fused_params,
         )
+        self.weights.follow(tbe)
 
     @property
     def state(self) -> ShardedState | None:
@@ -179,7 +180,7 @@ class MemRecRows(MemRecLookup):
             **self._layout.both_bits,
             per_sample_weights=weights,
         )
-        self.weights.train(rows, grads, tbe.get_learning_rate())
+        self.weights.train(rows, grads)
 
     def infer(
         self, ids: Tensor, offsets: Tensor, weights: Tensor | None, tbe: RowRangeTBE
@@ -271,10 +272,9 @@ class MemRecSamples(MemRecLookup):
 
     def _learn(self, grad: Tensor, hit: BitsOfSamples) -> None:
         """Train the weights: each has the gradient of its samples' factors."""
-        (tbe,) = self._tbe
         size = len(hit.bits)
         of_bits = grad.repeat_interleave(hit.offsets.diff(), output_size=size)
         grads = grad.new_zeros((size, WEIGHTS_PER_ROW), dtype=torch.float32)
         grads.scatter_(1, (hit.bits % WEIGHTS_PER_ROW).unsqueeze(1), of_bits.float().unsqueeze(1))
         rows = hit.bits.div(WEIGHTS_PER_ROW, rounding_mode="floor")
-        self.weights.train(rows, grads, tbe.get_learning_rate())
+        self.weights.train(rows, grads)

@@ -108,7 +108,10 @@ def on_gradient(tensor: Tensor, learn: Callable[[Tensor], None]) -> None:
     """
 
     def hook(grad: Tensor) -> None:
-        with torch.no_grad():  # as a decorator it would be made anew in every step
+        if not torch.is_grad_enabled():  # as ever, unless backward is differentiated itself
+            learn(grad.float().contiguous())
+            return
+        with torch.no_grad():
             learn(grad.float().contiguous())
 
     tensor.register_hook(hook)
@@ -312,9 +315,14 @@ class SharedRows(RowLookup):
         return BagRows(rows, offsets, looked.factors, learn if learns else None)
 
     def _learn(self, grad: Tensor, offsets: Tensor, looked: _Looked) -> None:
-        pool = self.pool if self.training else None
+        pool, factors = self.pool if self.training else None, self.factors
+        batch, found, _, given = looked
+        if pool is not None and factors is not None and pool.learns_from_gradients:
+            scaled = factors.scaled(found, self._teaching(batch, pool.steps + 1))
+            factors.weights.train(*pool.learn_scaled(grad, offsets, batch, given, scaled))
+            return
         if pool is not None:
-            pool.learn(grad, offsets, looked.batch, looked.given)
+            pool.learn(grad, offsets, batch, given)
         self._learn_factors(grad, looked, self._tracked, pool)
 
     def _learn_unpooled(self, grad: Tensor, samples: int, looked: _Looked) -> None:
@@ -328,10 +336,17 @@ class SharedRows(RowLookup):
     ) -> None:
         if self.factors is None:
             return
+        batch, found, _, given = looked
         # Outside of training no steps are counted: all ids learn.
-        passes = pool is not None and pool.steps % HOT_FACTOR_STEPS
-        shards = looked.batch.cold_shards if passes else looked.batch.shards
-        self.factors.learn(grad, looked.found, looked.batch, looked.given, features, shards=shards)
+        shards = batch.shards if pool is None else self._teaching(batch, pool.steps)
+        scaled = self.factors.scaled(found, shards)
+        gradients = self.factors.gradients(grad, scaled, batch.keys, given, features)
+        self.factors.weights.train(*gradients)
+
+    @staticmethod
+    def _teaching(batch: Remapped, step: int) -> Tensor:
+        """The shards of the ids whose factor is trained in a step, counted from 1."""
+        return batch.cold_shards if step % HOT_FACTOR_STEPS else batch.shards
 
 
 class _Looked(NamedTuple):

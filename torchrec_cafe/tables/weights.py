@@ -11,7 +11,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import Tensor
 
-from torchrec_cafe.ops import Lookups, Remapped, factor_gradients, key_factors
+from torchrec_cafe.ops import Lookups, Remapped, ScaledRows, factor_gradients, key_factors
 from torchrec_cafe.tables._fbgemm import RowRangeTBE
 from torchrec_cafe.tables.state import ShardedState
 from torchrec_cafe.tables.touched import TouchedRows
@@ -35,6 +35,7 @@ class WeightTable(ShardedState):
         fused_params: the optimizer's arguments, as of the TBE of the rows.
 
     Attributes:
+        tbe: holds them.
         per_row: as given.
         touched: notes the rows of weights that are trained; ``None``: nobody wants to know.
     """
@@ -111,16 +112,21 @@ class WeightTable(ShardedState):
     def reload(self) -> None:
         """Nothing else depends on the tensors."""
 
-    def train(self, rows: Tensor, grads: Tensor, learning_rate: float) -> None:
+    def follow(self, tbe: RowRangeTBE) -> None:
+        """Step at the learning rate of the rows that the weights scale, whatever becomes of it.
+
+        Args:
+            tbe: holds the rows.
+        """
+        self.tbe.share_learning_rate(tbe)
+
+    def train(self, rows: Tensor, grads: Tensor) -> None:
         """Let the optimizer step on the weights that a batch has hit.
 
         Args:
             rows: int64 ``[U]``, rows of weights, which may repeat.
             grads: float32 ``[U, per_row]``, their gradients.
-            learning_rate: of this step.
         """
-        if self.tbe.get_learning_rate() != learning_rate:
-            self.tbe.set_learning_rate(learning_rate)
         if self.touched is not None:
             self.touched.mark(rows)
         self.tbe.update(rows, grads)
@@ -140,6 +146,7 @@ class IdFactors:
 
     def __init__(self, weights: WeightTable, num_hashes: int, tbe: RowRangeTBE) -> None:
         """Join them; see the class."""
+        weights.follow(tbe)
         self.weights = weights
         self._num_hashes = num_hashes
         self._tbe = tbe
@@ -157,36 +164,33 @@ class IdFactors:
         hashes = self._num_hashes
         return key_factors(self.weights.table, batch.keys, batch.shards, source, num_hashes=hashes)
 
-    def learn(
-        self,
-        grad: Tensor,
-        found: Lookups,
-        batch: Remapped,
-        given: Tensor | None,
-        features: Tensor,
-        *,
-        shards: Tensor,
-    ) -> None:
-        """Train the weights, before FBGEMM changes the rows that they were multiplied with.
+    def scaled(self, found: Lookups, shards: Tensor) -> ScaledRows:
+        """The rows of a batch, as they are before FBGEMM changes them.
+
+        Args:
+            found: the rows that were looked up, with their ids.
+            shards: int32 ``[N]``, of the batch the ``shards`` or ``cold_shards``: ids with a shard
+                below 0 teach nothing.
+        """
+        table = self._tbe.physical_tensors()[0]
+        return ScaledRows(table, found, shards, self.weights.shape[1], self._num_hashes)
+
+    def gradients(
+        self, grad: Tensor, scaled: ScaledRows, keys: Tensor, given: Tensor | None, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the gradient of bags means for the weights; see :func:`factor_gradients`.
 
         Args:
             grad: float32 ``[B * F, D]``, gradient of the pooled bags, contiguous.
-            found: the rows that were looked up, with their ids.
-            batch: the ids.
+            scaled: the rows that were looked up.
+            keys: int64 ``[N]``, of the ids.
             given: float32 ``[N]``, further factor of each id; ``None``: all one.
             features: int64 ``[F]``, below 0 those whose ids are not tracked.
-            shards: int32 ``[N]``, of ``batch`` the ``shards`` or ``cold_shards``: ids with a shard
-                below 0 teach nothing.
         """
-        rows, grads = factor_gradients(
-            grad,
-            self._tbe.physical_tensors()[0],
-            found,
-            batch.keys,
-            shards,
+        return factor_gradients(
+            *(grad, scaled.table, scaled.found, keys, scaled.shards),
             features=features,
             given=given,
             shape=self.weights.shape,
             num_hashes=self._num_hashes,
         )
-        self.weights.train(rows, grads, self._tbe.get_learning_rate())

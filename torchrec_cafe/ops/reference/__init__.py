@@ -23,7 +23,7 @@ from torchrec_cafe.ops.reference.cafe import (
     remap,
     second_row,
 )
-from torchrec_cafe.ops.reference.factors import factor_gradients, key_factors
+from torchrec_cafe.ops.reference.factors import factor_gradients, key_factors, learn_scaled
 from torchrec_cafe.ops.reference.lookahead import (
     SlotMap,
     copy_rows,
@@ -62,6 +62,7 @@ __all__ = [
     "key_factors",
     "l2_norms",
     "learn",
+    "learn_scaled",
     "mix_id",
     "mix_ids",
     "move_rows",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchrec_cafe.ops.hot_sketch import SketchState
 from torchrec_cafe.ops.key_factors import WEIGHTS_PER_LINE
+from torchrec_cafe.ops.learning import ScaledRows
 from torchrec_cafe.ops.pool_rows import Lookups
-from torchrec_cafe.ops.reference.cafe import hash64
+from torchrec_cafe.ops.reference.cafe import hash64, learn
 from torchrec_cafe.ops.reference.mem_rec import RowSums, row_dot
+from torchrec_cafe.ops.row_map import Remapped
 
 _FIRST_SALT = 17
 #: the first hash gives the line and the weights in so many parts of it, each further one in eight
@@ -91,3 +94,28 @@ def factor_gradients(  # noqa: PLR0913  as many as torchrec_cafe.ops.factor_grad
             for at in weights[key]:
                 sums.add(at, value)
     return sums.by_row()
+
+
+def learn_scaled(  # noqa: PLR0913  as many as torchrec_cafe.ops.learn_scaled
+    state: SketchState,
+    norms: Tensor,
+    grad: Tensor,
+    offsets: Tensor,
+    batch: Remapped,
+    scaled: ScaledRows,
+    *,
+    features: Tensor,
+    weights: Tensor | None = None,
+    decay: float = 1.0,
+    growth: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`torchrec_cafe.ops.learn_scaled`: one after the other."""
+    options = {"features": features, "weights": weights, "decay": decay, "growth": growth}
+    learn(state, norms, grad, offsets, batch, **options)
+    return factor_gradients(
+        *(grad, scaled.table, scaled.found, batch.keys, scaled.shards),
+        features=features,
+        given=weights,
+        shape=(len(norms), scaled.weights_per_shard),
+        num_hashes=scaled.num_hashes,
+    )
