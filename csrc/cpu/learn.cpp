@@ -45,10 +45,8 @@ class BagNorms {
   BagNorms(const Tensor& grad, const Tensor& features)
       : tables_(features.const_data_ptr<int64_t>()),
         num_features_(features.numel()),
-        num_samples_(grad.size(0) / features.numel()) {
-    for (int64_t f = 0; f < num_features_; ++f) {
-      if (tables_[f] >= 0) tracked_.push_back(f);
-    }
+        num_samples_(grad.size(0) / features.numel()),
+        tracked_(tracked_features(features)) {
     in_ = {grad.const_data_ptr<float>(),
            grad.size(1),
            num_features_,

@@ -21,6 +21,8 @@ void refuse(const ScaledRows& in, int64_t lookup) {
   STD_TORCH_CHECK(false, "`source` must be in [0, ", in.num_ids, "), got ", in.source[lookup]);
 }
 
+}  // namespace
+
 std::vector<int64_t> tracked_features(const Tensor& features) {
   std::vector<int64_t> tracked;
   for (int64_t f = 0; f < features.numel(); ++f) {
@@ -28,8 +30,6 @@ std::vector<int64_t> tracked_features(const Tensor& features) {
   }
   return tracked;
 }
-
-}  // namespace
 
 LineGradients::LineGradients(const Tensor& grad, const Tensor& table, const Tensor& rows,
                              const Tensor& offsets, const Tensor& source, const Tensor& keys,

@@ -14,6 +14,9 @@
 
 namespace torchrec_cafe {
 
+// The features, of those that operators take, whose ids are tracked.
+std::vector<int64_t> tracked_features(const torch::stable::Tensor& features);
+
 // Reads the gradient of a batch's bags block by block, and adds up what it means for the weights.
 // The tensors have to live on.
 class LineGradients {
