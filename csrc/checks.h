@@ -151,6 +151,16 @@ inline void check_of_keys(const Tensor& values, const char* name, const Tensor& 
   STD_TORCH_CHECK(values.numel() == keys.numel(), "`", name, "` must be as long as `keys`");
 }
 
+// What learning writes shares no memory with what it reads.
+template <typename... Tensors>
+void check_apart_from_learned(const Tensor& norms, const Tensor& buckets, const Tensor& inflation,
+                              const Tensor& counters, const Tensors&... others) {
+  check_apart(norms, "norms", others...);
+  check_apart(buckets, "buckets", others...);
+  check_apart(inflation, "inflation", others...);
+  check_apart(counters, "counters", others...);
+}
+
 inline void check_learn(const Tensor& grad, const Tensor& offsets, const Tensor& keys,
                         const Tensor& shards, const std::optional<Tensor>& weights,
                         const Tensor& features, const Tensor& norms, const Tensor& buckets,
@@ -173,14 +183,9 @@ inline void check_learn(const Tensor& grad, const Tensor& offsets, const Tensor&
                   "norms must be [shards, tables, 2]");
   check_device(grad, offsets, keys, shards, features, norms, buckets);
   STD_TORCH_CHECK(buckets.size(0) == 0 || buckets.size(1) > 0, "buckets must not be empty");
-  const auto apart = [&](const Tensor& written, const char* name) {
-    check_apart(written, name, grad, offsets, keys, shards, features);
-    if (weights) check_apart(written, name, *weights);
-  };
-  apart(norms, "norms");
-  apart(buckets, "buckets");
-  apart(inflation, "inflation");
-  apart(counters, "counters");
+  check_apart_from_learned(norms, buckets, inflation, counters, grad, offsets, keys, shards,
+                           features);
+  if (weights) check_apart_from_learned(norms, buckets, inflation, counters, *weights);
   check_apart(norms, "norms", buckets, inflation, counters);
   check_apart(buckets, "buckets", inflation, counters);
   check_apart(inflation, "inflation", counters);
@@ -292,20 +297,6 @@ inline void check_factor_gradients(const Tensor& grad, const Tensor& table, cons
   STD_TORCH_CHECK(grad.size(0) == offsets.numel() - 1 && grad.size(1) == table.size(1),
                   "`grad` must have a row for each bag, and the columns of `table`");
   STD_TORCH_CHECK(source.numel() == rows.numel(), "`source` must be as long as `rows`");
-}
-
-// What learn_scaled takes besides what learn and factor_gradients check.
-inline void check_learn_scaled(const Tensor& table, const Tensor& rows, const Tensor& bag_offsets,
-                               const Tensor& source, const Tensor& taught, const Tensor& norms,
-                               const Tensor& buckets, const Tensor& inflation,
-                               const Tensor& counters) {
-  const auto apart = [&](const Tensor& written, const char* name) {
-    check_apart(written, name, table, rows, bag_offsets, source, taught);
-  };
-  apart(norms, "norms");
-  apart(buckets, "buckets");
-  apart(inflation, "inflation");
-  apart(counters, "counters");
 }
 
 inline void check_bloom_union(const Tensor& ids, const Tensor& offsets, const Tensor& tables,

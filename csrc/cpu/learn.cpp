@@ -30,7 +30,7 @@ int64_t samples_together(int64_t bytes_per_sample) {
 }
 
 // Whether it is faster to read the gradients of all features than those of the tracked ones: memory
-// is read twice as fast line after line, a cache is not. Measured, see
+// is read faster line after line, a cache is not. Measured, see
 // benchmarks/results/train_step_2-core-EPYC_2026-11-30.md.
 bool reads_all(int64_t num_tracked, int64_t num_features, int64_t bytes) {
   constexpr int64_t kMostApart = 7;
@@ -63,8 +63,10 @@ class BagNorms {
   // Reads the gradient once, by several threads; LineGradients of the same batch read along.
   void read(LineGradients* others) {
     const int64_t together = samples_together(4 * num_features_ * in_.dim);
+    // Rows that are read along are worth a thread for each block, as in factor_gradients.
+    const int64_t blocks_per_thread = others != nullptr ? 1 : per_thread(block_size_ * in_.dim);
     torch::stable::parallel_for(
-        0, num_blocks(), per_thread(block_size_ * in_.dim), [&](int64_t begin, int64_t end) {
+        0, num_blocks(), blocks_per_thread, [&](int64_t begin, int64_t end) {
           for (int64_t block = begin; block < end; ++block) {
             const int64_t last = std::min((block + 1) * kNormBlock, num_samples_);
             for (int64_t b = block * kNormBlock; b < last; b += together) {
@@ -191,7 +193,8 @@ std::tuple<Tensor, Tensor> learn_scaled_cpu(
     double growth, const Tensor& table, const Tensor& rows, const Tensor& bag_offsets,
     const Tensor& source, const Tensor& taught, int64_t weights_per_shard, int64_t num_hashes) {
   check_learn(grad, offsets, keys, shards, weights, features, norms, buckets, inflation, counters);
-  check_learn_scaled(table, rows, bag_offsets, source, taught, norms, buckets, inflation, counters);
+  check_apart_from_learned(norms, buckets, inflation, counters, table, rows, bag_offsets, source,
+                           taught);
   check_keys(keys, taught, norms.size(0), weights_per_shard, num_hashes);
   LineGradients gradients(
       grad, table, rows, bag_offsets, source, keys, taught, weights, features,

@@ -138,7 +138,8 @@ std::tuple<Tensor, Tensor> learn_scaled_cuda(
     double growth, const Tensor& table, const Tensor& rows, const Tensor& bag_offsets,
     const Tensor& source, const Tensor& taught, int64_t weights_per_shard, int64_t num_hashes) {
   check_learn(grad, offsets, keys, shards, weights, features, norms, buckets, inflation, counters);
-  check_learn_scaled(table, rows, bag_offsets, source, taught, norms, buckets, inflation, counters);
+  check_apart_from_learned(norms, buckets, inflation, counters, table, rows, bag_offsets, source,
+                           taught);
   std::tuple<Tensor, Tensor> gradients =
       factor_gradients_cuda(grad, table, rows, bag_offsets, source, keys, taught, weights, features,
                             norms.size(0), weights_per_shard, num_hashes);
